@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Serves the vSSDs of one pool.
+//!
+//! ```text
+//!   data:    vring ► vhost_user::worker ► device::request ► device::execute ► vssd_pool::Lane ► status ► used ring
+//!   control: socket ► control::session ► control::negotiation (pure) ► device::owner ► effects ► {pool, notify, reply}
+//! ```
+//!
+//! * [`vhost_user`] alone knows vhost and virtio types, eventfds and guest memory.
+//! * [`device`] is a block device in plain words: requests, segments, events.
+//! * [`control`] alone knows the control sockets and decides about sizes.
+
+pub mod control;
+pub mod device;
+pub mod vhost_user;

@@ -1,0 +1,651 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The control channel: JSON-RPC 2.0, one object per line, over a Unix stream socket.
+//!
+//! ```text
+//!   client ── {"jsonrpc":"2.0","id":1,"method":"device.resize","params":{…}} ──► daemon
+//!   client ◄── {"jsonrpc":"2.0","id":1,"result":{…}} | {"…","error":{code,message,data}} ── daemon
+//!   client ◄── {"jsonrpc":"2.0","method":"event","params":{…}} ── daemon      (after events.subscribe)
+//! ```
+//!
+//! Sizes are integers with the unit in the key (`plugged_bytes`), never strings. Unknown fields of a
+//! request are refused, so that a typing error cannot silently do something else; unknown fields of an
+//! answer must be ignored, so that the daemon may add some. Long work is a [`JobInfo`].
+//!
+//! This module knows neither sockets nor devices.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::units::BlockRange;
+
+/// Name and version of this set of messages, in every greeting and every `--json` output.
+pub const SCHEMA: &str = "vssd.v1";
+/// Longest line, newline included, in bytes; a longer one ends the connection.
+pub const MAX_LINE: usize = 1 << 20;
+/// Longest name of a vSSD in bytes.
+pub const MAX_NAME: usize = 31;
+
+/// Whether `name` may name a vSSD: 1 to [`MAX_NAME`] of `a-z A-Z 0-9 . _ -`, not beginning with `.` or `-`.
+/// Names become file names of sockets and words on command lines.
+pub fn is_valid_name(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(allowed) && !name.starts_with(['.', '-'])
+}
+
+/// A request line.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RpcRequest {
+    pub jsonrpc: String,
+    /// A number or a string; a line without one is refused, for every method has an answer.
+    #[serde(default)]
+    pub id: Option<Value>,
+    pub method: String,
+    #[serde(default)]
+    pub params: Option<Value>,
+}
+
+/// An answer line: exactly one of `result` and `error`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RpcResponse {
+    pub jsonrpc: String,
+    pub id: Value,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<RpcError>,
+}
+
+/// The error of an answer: `message` says what and why, `data` carries the stable code and what to do next.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RpcError {
+    /// JSON-RPC's number; [`ErrorCode::rpc_code`].
+    pub code: i32,
+    pub message: String,
+    pub data: ErrorData,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ErrorData {
+    pub code: ErrorCode,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// Numbers behind the message, such as the largest shrink possible now.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub detail: Value,
+}
+
+/// Stable error codes. Scripts match on them: none changes its meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ErrorCode {
+    /// The line is no JSON.
+    #[serde(rename = "E_PARSE")]
+    Parse,
+    /// The line is JSON but no request.
+    #[serde(rename = "E_INVALID_REQUEST")]
+    InvalidRequest,
+    #[serde(rename = "E_UNKNOWN_METHOD")]
+    UnknownMethod,
+    /// A parameter is missing, unknown, of the wrong type or out of bounds.
+    #[serde(rename = "E_INVALID_PARAMS")]
+    InvalidParams,
+    #[serde(rename = "E_NOT_FOUND")]
+    NotFound,
+    #[serde(rename = "E_EXISTS")]
+    Exists,
+    /// Below the vSSD's minimum size.
+    #[serde(rename = "E_BELOW_MIN")]
+    BelowMin,
+    /// Above the vSSD's maximum size.
+    #[serde(rename = "E_ABOVE_MAX")]
+    AboveMax,
+    /// The pool cannot honour the promise.
+    #[serde(rename = "E_POOL_FULL")]
+    PoolFull,
+    /// Compare-and-set failed: somebody else changed the size first.
+    #[serde(rename = "E_CONFLICT")]
+    Conflict,
+    /// A front-end is connected, or blocks to be dropped hold data.
+    #[serde(rename = "E_IN_USE")]
+    InUse,
+    /// The guest has no driver that can choose blocks.
+    #[serde(rename = "E_NO_DRIVER")]
+    NoDriver,
+    #[serde(rename = "E_GUEST_REFUSED")]
+    GuestRefused,
+    /// The deadline passed and the policy is to fail.
+    #[serde(rename = "E_TIMED_OUT")]
+    TimedOut,
+    /// The caller may not do this, or the socket is the monitor socket.
+    #[serde(rename = "E_PERMISSION")]
+    Permission,
+    /// Too many connections, jobs or bytes in a line.
+    #[serde(rename = "E_TOO_LARGE")]
+    TooLarge,
+    #[serde(rename = "E_BUSY")]
+    Busy,
+    /// A medium failed; see the daemon's log.
+    #[serde(rename = "E_MEDIA")]
+    Media,
+    #[serde(rename = "E_INTERNAL")]
+    Internal,
+}
+
+impl ErrorCode {
+    /// The number JSON-RPC 2.0 wants; the specification's own where it has one.
+    pub fn rpc_code(self) -> i32 {
+        match self {
+            Self::Parse => -32700,
+            Self::InvalidRequest => -32600,
+            Self::UnknownMethod => -32601,
+            Self::InvalidParams => -32602,
+            Self::Internal => -32603,
+            Self::NotFound => -32001,
+            Self::Exists => -32002,
+            Self::BelowMin => -32003,
+            Self::AboveMax => -32004,
+            Self::PoolFull => -32005,
+            Self::Conflict => -32006,
+            Self::InUse => -32007,
+            Self::NoDriver => -32008,
+            Self::GuestRefused => -32009,
+            Self::TimedOut => -32010,
+            Self::Permission => -32011,
+            Self::TooLarge => -32012,
+            Self::Busy => -32013,
+            Self::Media => -32014,
+        }
+    }
+
+    /// The code as people see it, `E_NOT_FOUND`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Parse => "E_PARSE",
+            Self::InvalidRequest => "E_INVALID_REQUEST",
+            Self::UnknownMethod => "E_UNKNOWN_METHOD",
+            Self::InvalidParams => "E_INVALID_PARAMS",
+            Self::NotFound => "E_NOT_FOUND",
+            Self::Exists => "E_EXISTS",
+            Self::BelowMin => "E_BELOW_MIN",
+            Self::AboveMax => "E_ABOVE_MAX",
+            Self::PoolFull => "E_POOL_FULL",
+            Self::Conflict => "E_CONFLICT",
+            Self::InUse => "E_IN_USE",
+            Self::NoDriver => "E_NO_DRIVER",
+            Self::GuestRefused => "E_GUEST_REFUSED",
+            Self::TimedOut => "E_TIMED_OUT",
+            Self::Permission => "E_PERMISSION",
+            Self::TooLarge => "E_TOO_LARGE",
+            Self::Busy => "E_BUSY",
+            Self::Media => "E_MEDIA",
+            Self::Internal => "E_INTERNAL",
+        }
+    }
+}
+
+/// Method names. Those that change nothing are also served on the monitor socket.
+pub mod method {
+    pub const HELLO: &str = "server.hello";
+    pub const DEVICE_LIST: &str = "device.list";
+    pub const DEVICE_SHOW: &str = "device.show";
+    pub const DEVICE_EVICTED: &str = "device.evicted";
+    pub const DEVICE_CREATE: &str = "device.create";
+    pub const DEVICE_DELETE: &str = "device.delete";
+    pub const DEVICE_RESIZE: &str = "device.resize";
+    pub const DEVICE_LIMITS: &str = "device.limits";
+    pub const JOB_LIST: &str = "job.list";
+    pub const JOB_SHOW: &str = "job.show";
+    pub const JOB_WAIT: &str = "job.wait";
+    pub const JOB_CANCEL: &str = "job.cancel";
+    pub const POOL_STATUS: &str = "pool.status";
+    pub const EVENTS_SUBSCRIBE: &str = "events.subscribe";
+    /// The notification that carries an [`Event`](super::Event).
+    pub const EVENT: &str = "event";
+
+    /// Whether a method only reads, so that the monitor socket serves it.
+    pub fn is_read_only(method: &str) -> bool {
+        matches!(
+            method,
+            HELLO
+                | DEVICE_LIST
+                | DEVICE_SHOW
+                | DEVICE_EVICTED
+                | JOB_LIST
+                | JOB_SHOW
+                | JOB_WAIT
+                | POOL_STATUS
+                | EVENTS_SUBSCRIBE
+        )
+    }
+}
+
+/// `server.hello`: who are you? Answer: [`ServerInfo`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HelloParams {
+    /// Name and version of the client, for the log.
+    #[serde(default)]
+    pub client: String,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServerInfo {
+    pub server: String,
+    pub version: String,
+    pub schema: String,
+    pub pool: String,
+    pub pid: u32,
+    pub uptime_ms: u64,
+    /// `control` or `monitor`: which of the two sockets this is.
+    pub socket: String,
+    pub max_line_bytes: u64,
+}
+
+/// `device.show`, `device.evicted` and whatever else takes just a name.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NameParams {
+    pub name: String,
+}
+
+/// Answer to `device.list`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceList {
+    pub devices: Vec<DeviceInfo>,
+}
+
+/// What a vSSD is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceState {
+    /// No front-end is connected.
+    Detached,
+    Online,
+    Shrinking,
+    Growing,
+    /// The guest made no progress towards the requested size for 20 s.
+    Uncooperative,
+    /// A medium failed: reads may work, nothing new is acknowledged.
+    Failed,
+}
+
+/// Which driver the guest uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DriverKind {
+    /// No driver runs.
+    None,
+    /// `virtio_blk` or another that does not know the guest channel.
+    Stock,
+    /// A driver that said HELLO.
+    Vssd,
+}
+
+/// Which media a vSSD's blocks may come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Class {
+    /// NV-RAM while there is some, then SSD.
+    #[default]
+    Any,
+    Nvram,
+    Ssd,
+}
+
+/// What happens when a shrink's deadline passes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnTimeout {
+    /// The job ends `expired`; the guest goes on being asked.
+    #[default]
+    Wait,
+    /// The job ends `expired`; the request is withdrawn.
+    Fail,
+    /// The host takes blocks itself: empty ones first, then those unused longest. Data is lost.
+    Force,
+}
+
+/// What happens when a guest asks for more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PullPolicy {
+    /// An event tells the operator.
+    #[default]
+    Notify,
+    /// Granted within the maximum size and what the pool has.
+    Grant,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Policy {
+    pub on_timeout: OnTimeout,
+    /// Of a shrink that names none; 0: no deadline.
+    pub deadline_ms: u64,
+    pub pull: PullPolicy,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DriverInfo {
+    pub kind: DriverKind,
+    /// As the driver names itself in HELLO.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Of the last DECLINE or of nothing yet: what the guest said it could give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub could_give_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FrontendInfo {
+    pub connected: bool,
+    /// Of the process at the other end of the socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pid: Option<i32>,
+    pub queues: u32,
+    /// How often a front-end has connected since the daemon started.
+    pub connections: u64,
+}
+
+/// Counters since the daemon started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct IoCounters {
+    pub reads: u64,
+    pub read_bytes: u64,
+    pub writes: u64,
+    pub written_bytes: u64,
+    pub flushes: u64,
+    pub discards: u64,
+    pub errors: u64,
+    /// Requests that met an unplugged block.
+    pub evicted: u64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    pub name: String,
+    pub id: u32,
+    pub state: DeviceState,
+    /// What a driver without the guest channel sees as the size of the disk.
+    pub capacity_bytes: u64,
+    pub requested_bytes: u64,
+    pub plugged_bytes: u64,
+    /// Blocks that hold data.
+    pub allocated_bytes: u64,
+    pub min_bytes: u64,
+    pub max_bytes: u64,
+    pub block_size_bytes: u64,
+    pub class: Class,
+    pub policy: Policy,
+    pub socket_path: String,
+    pub serial: String,
+    pub driver: DriverInfo,
+    pub frontend: FrontendInfo,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<u64>,
+    pub io: IoCounters,
+}
+
+/// Answer to `device.evicted`: the unplugged blocks, ascending.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EvictedRanges {
+    pub name: String,
+    pub block_size_bytes: u64,
+    pub ranges: Vec<BlockRange>,
+}
+
+/// `device.create`. Answer: [`DeviceInfo`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateParams {
+    pub name: String,
+    pub size_bytes: u64,
+    /// The host never asks for less than this; one block if absent.
+    #[serde(default)]
+    pub min_bytes: Option<u64>,
+    /// Address space of the vSSD; `size_bytes` if absent.
+    #[serde(default)]
+    pub max_bytes: Option<u64>,
+    #[serde(default)]
+    pub class: Class,
+    #[serde(default)]
+    pub policy: Policy,
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// `device.delete`. Answer: `{}`. Refused while a front-end is connected unless forced.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeleteParams {
+    pub name: String,
+    #[serde(default)]
+    pub force: bool,
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// `device.resize`. Answer: [`ResizeAnswer`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeParams {
+    pub name: String,
+    pub size_bytes: u64,
+    /// Compare-and-set: refused with `E_CONFLICT` unless `requested_bytes` is still this.
+    #[serde(default)]
+    pub expected_bytes: Option<u64>,
+    /// Of this job; the vSSD's policy if absent, 0 for none.
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+    #[serde(default)]
+    pub on_timeout: Option<OnTimeout>,
+    /// Take blocks without asking, data or not.
+    #[serde(default)]
+    pub force: bool,
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ResizeAnswer {
+    /// Absent for a dry run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<JobInfo>,
+    pub from_bytes: u64,
+    pub to_bytes: u64,
+    /// What will happen, for people: who is asked, what is lost.
+    pub plan: String,
+}
+
+/// `device.limits`: what is absent stays. Answer: [`DeviceInfo`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsParams {
+    pub name: String,
+    #[serde(default)]
+    pub min_bytes: Option<u64>,
+    /// May only be raised.
+    #[serde(default)]
+    pub max_bytes: Option<u64>,
+    #[serde(default)]
+    pub on_timeout: Option<OnTimeout>,
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+    #[serde(default)]
+    pub pull: Option<PullPolicy>,
+}
+
+/// States of a job. The last six are final.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobState {
+    /// Accepted; the guest was not told yet (no driver is there).
+    Created,
+    /// The guest was told.
+    Offered,
+    /// The guest gives or takes blocks.
+    Evacuating,
+    /// The last blocks are being committed.
+    Committing,
+    Done,
+    /// The guest gave some and declined the rest.
+    Partial,
+    /// The guest declined.
+    Refused,
+    /// The deadline passed.
+    Expired,
+    /// An operator cancelled it.
+    Cancelled,
+    /// A newer resize of the same vSSD took its place.
+    Superseded,
+}
+
+impl JobState {
+    pub fn is_final(self) -> bool {
+        !matches!(self, Self::Created | Self::Offered | Self::Evacuating | Self::Committing)
+    }
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct JobInfo {
+    pub id: u64,
+    pub device: String,
+    pub state: JobState,
+    /// Plugged when the job began.
+    pub from_bytes: u64,
+    pub target_bytes: u64,
+    /// Plugged now, or when the job ended.
+    pub plugged_bytes: u64,
+    pub started_ms: u64,
+    pub elapsed_ms: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+    /// Why it ended as it did, or what it waits for.
+    pub message: String,
+    /// Of a final state that is not `done`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<ErrorCode>,
+    pub requested_by_uid: u32,
+    pub requested_by_pid: i32,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct JobList {
+    pub jobs: Vec<JobInfo>,
+}
+
+/// `job.show`, `job.cancel`. Answer: [`JobInfo`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobParams {
+    pub id: u64,
+}
+
+/// `job.wait`: answered when the job is final or changed in a way worth showing. Answer: [`JobInfo`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobWaitParams {
+    pub id: u64,
+    /// Answer after this time at the latest, whatever the state; at most 60 000.
+    pub timeout_ms: u64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MediumInfo {
+    pub kind: String,
+    pub path: String,
+    pub size_bytes: u64,
+    pub written_bytes: u64,
+    /// How writes reach the persistence domain: `map-sync`, `battery`, `msync`, `direct`, `buffered`.
+    pub persistence: String,
+}
+
+/// Answer to `pool.status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PoolStatus {
+    pub name: String,
+    pub uuid: String,
+    pub block_size_bytes: u64,
+    /// All that can be given to vSSDs.
+    pub size_bytes: u64,
+    /// Blocks that hold data.
+    pub allocated_bytes: u64,
+    /// Given back and not yet zeroed.
+    pub scrubbing_bytes: u64,
+    pub free_bytes: u64,
+    /// Sum over all vSSDs of the larger of requested and plugged.
+    pub promised_bytes: u64,
+    /// What can still be promised.
+    pub available_bytes: u64,
+    pub overcommit_percent: u32,
+    /// `ok`, `low` or `failed`.
+    pub health: String,
+    pub media: Vec<MediumInfo>,
+    pub devices: u32,
+}
+
+/// `events.subscribe`. Answer: [`Subscribed`], then [`method::EVENT`] notifications.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SubscribeParams {
+    /// Prefixes of event names (`shrink.`); all events if empty.
+    #[serde(default)]
+    pub filter: Vec<String>,
+    /// Send what is kept from after this number on; absent: only what is new.
+    #[serde(default)]
+    pub since_seq: Option<u64>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Subscribed {
+    /// The newest event so far.
+    pub seq: u64,
+}
+
+/// Parameters of an `event` notification. Names: `device.created|deleted|connected|disconnected|driver`,
+/// `shrink.requested|progress|done|partial|refused|expired|forced|cancelled`, `grow.*` likewise,
+/// `guest.inactive|uncooperative|pull|pressure`, `pool.low|ok|full|failed`, `events.lost`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Event {
+    pub seq: u64,
+    /// RFC 3339, UTC, milliseconds.
+    pub time: String,
+    pub event: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<u64>,
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub data: Value,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn error_codes_have_one_spelling() {
+        for code in [ErrorCode::Parse, ErrorCode::NotFound, ErrorCode::GuestRefused, ErrorCode::Internal] {
+            assert_eq!(serde_json::to_value(code).unwrap(), Value::from(code.as_str()));
+        }
+    }
+
+    #[test]
+    fn unknown_request_field_is_refused_unknown_answer_field_is_not() {
+        let typo = serde_json::json!({"name": "vm1", "size_bytes": 1, "dead_line": 3});
+        assert!(serde_json::from_value::<ResizeParams>(typo).is_err());
+        let newer = serde_json::json!({"seq": 3, "later_field": true});
+        assert_eq!(serde_json::from_value::<Subscribed>(newer).unwrap().seq, 3);
+    }
+
+    #[test]
+    fn names_that_could_leave_the_socket_folder_are_refused() {
+        for name in ["vm1", "vm1-data", "a.b_c", "A"] {
+            assert!(is_valid_name(name), "{name}");
+        }
+        for name in ["", ".", "..", "a/b", "-v", "a b", "ä", "a\0b", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"] {
+            assert!(!is_valid_name(name), "{name}");
+        }
+    }
+}
