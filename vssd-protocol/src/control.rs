@@ -270,7 +270,7 @@ pub enum DeviceState {
 }
 
 /// Which driver the guest uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DriverKind {
     /// No driver runs.
@@ -293,7 +293,7 @@ pub enum Class {
 }
 
 /// What happens when a shrink's deadline passes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnTimeout {
     /// The job ends `expired`; the guest goes on being asked.
@@ -306,7 +306,7 @@ pub enum OnTimeout {
 }
 
 /// What happens when a guest asks for more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum PullPolicy {
     /// An event tells the operator.
@@ -316,7 +316,7 @@ pub enum PullPolicy {
     Grant,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
     pub on_timeout: OnTimeout,
@@ -477,7 +477,7 @@ pub struct LimitsParams {
 }
 
 /// States of a job. The last six are final.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum JobState {
     /// Accepted; the guest was not told yet (no driver is there).

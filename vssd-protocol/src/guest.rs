@@ -76,7 +76,7 @@ impl RequestType {
 }
 
 /// What became of a request as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum RequestResult {
     Ok = 0,
@@ -100,7 +100,7 @@ impl RequestResult {
 }
 
 /// What became of one range of an UNPLUG or PLUG.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum RangeStatus {
     Ok = 0,
@@ -122,7 +122,7 @@ impl RangeStatus {
 }
 
 /// Why the host asks for another size.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Reason {
     #[default]
@@ -133,7 +133,7 @@ pub enum Reason {
 }
 
 /// Why a guest declines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum DeclineReason {
     Nothing = 1,
@@ -143,7 +143,7 @@ pub enum DeclineReason {
 }
 
 /// How much a guest wants what it pulls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Urgency {
     Wish = 0,

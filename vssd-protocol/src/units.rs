@@ -58,7 +58,7 @@ impl BlockRange {
 }
 
 /// The size of a block: a power of two from 4 KiB to 2 MiB, constant for a pool's life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockSize(u32);
 
 impl BlockSize {
