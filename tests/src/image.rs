@@ -1,0 +1,403 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Guest images: a Debian kernel and an initramfs with busybox, kernel modules, host tools and the agent.
+//!
+//! The initramfs is the whole system; nothing is installed and every boot starts from the same state. The file
+//! systems and the tools are what Debian ships, with the libraries they are linked with.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+use crate::apt::{self, PrivateApt};
+use crate::cpio::Archive;
+use crate::kernel::{Kernel, walk};
+use crate::{hex, paths, process};
+
+/// Modules that are there when wanted, with all that they need. A name the kernel has built in is skipped.
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_console",
+    "virtio_blk",
+    "ext4",
+    "xfs",
+    "loop",
+    "crc32c_generic",
+    "crc32c_intel",
+    "crc32_pclmul",
+];
+
+/// Programs of the host that go into every guest, before busybox's in the path.
+const TOOLS: &[&str] = &[
+    "blkdiscard",
+    "blockdev",
+    "dd",
+    "debugfs",
+    "dumpe2fs",
+    "e2fsck",
+    "fsck.ext4",
+    "fstrim",
+    "mkfs.ext4",
+    "mkfs.xfs",
+    "modprobe",
+    "resize2fs",
+    "rmmod",
+    "sha256sum",
+    "xfs_growfs",
+    "xfs_io",
+    "xfs_repair",
+];
+
+const ETC: &[(&str, &str)] = &[
+    ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n"),
+    ("etc/group", "root:x:0:\ndisk:x:6:\nnogroup:x:65534:\n"),
+    ("etc/profile", "export PATH=/tools:/usr/sbin:/usr/bin:/sbin:/bin PS1='guest# '\n"),
+];
+
+const INIT: &str = include_str!("init.sh");
+
+/// What to put into an image.
+#[derive(Debug, Clone)]
+pub struct ImageBuilder {
+    kernel: Kernel,
+    tools: Vec<String>,
+    modules: Vec<PathBuf>,
+    files: Vec<(String, PathBuf)>,
+}
+
+/// A kernel and an initramfs, ready to boot.
+#[derive(Debug, Clone)]
+pub struct GuestImage {
+    kernel: Kernel,
+    initramfs: PathBuf,
+}
+
+impl GuestImage {
+    /// An image with stock drivers only.
+    pub fn stock(kernel: &Kernel) -> Result<Self> {
+        ImageBuilder::new(kernel).build()
+    }
+
+    /// An image that also has our driver (`modprobe vssd`) and its helper, built for this kernel.
+    pub fn with_driver(kernel: &Kernel) -> Result<Self> {
+        ImageBuilder::new(kernel).driver()?.build()
+    }
+
+    /// The kernel it boots.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// The cpio archive.
+    pub fn initramfs(&self) -> &Path {
+        &self.initramfs
+    }
+}
+
+impl ImageBuilder {
+    /// The usual tools and modules.
+    pub fn new(kernel: &Kernel) -> Self {
+        Self {
+            kernel: kernel.clone(),
+            tools: TOOLS.iter().map(|&name| name.to_owned()).collect(),
+            modules: Vec::new(),
+            files: Vec::new(),
+        }
+    }
+
+    /// Adds a program of the host, with its libraries. (`fio` is not among the usual ones: Debian's is linked with
+    /// 80 MB of storage clients.)
+    #[must_use]
+    pub fn tool(mut self, name: &str) -> Self {
+        self.tools.push(name.to_owned());
+        self
+    }
+
+    /// Adds every `.ko` of a folder made by [`Kernel::build_module`].
+    #[must_use]
+    pub fn modules(mut self, built: &Path) -> Self {
+        self.modules.push(built.to_path_buf());
+        self
+    }
+
+    /// Adds a file of the host at an absolute path in the guest, with the host's mode.
+    #[must_use]
+    pub fn file(mut self, guest: &str, host: &Path) -> Self {
+        self.files.push((guest.trim_start_matches('/').to_owned(), host.to_path_buf()));
+        self
+    }
+
+    /// Adds our driver, built from `guest-driver/`, and its bind helper.
+    pub fn driver(mut self) -> Result<Self> {
+        let source = paths::repo_root().join("guest-driver");
+        let built = self.kernel.build_module(&source)?;
+        self.modules.push(built);
+        let helper = source.join("vssd-bind");
+        Ok(if helper.exists() { self.file("/tools/vssd-bind", &helper) } else { self })
+    }
+
+    /// Makes the image, or finds the one made before from the same inputs.
+    pub fn build(self) -> Result<GuestImage> {
+        let inputs = self.inputs()?;
+        let key = inputs.key(&self.kernel);
+        let dir = paths::cache_dir()?.join("images");
+        fs::create_dir_all(&dir)?;
+        let initramfs = dir.join(format!("{}-{key}.cpio", self.kernel.release()));
+        if !initramfs.exists() {
+            let _lock = paths::lock_cache("image")?;
+            if !initramfs.exists() {
+                let partial = initramfs.with_extension("partial");
+                fs::write(&partial, inputs.pack(&self.kernel)?)?;
+                fs::rename(&partial, &initramfs)?;
+                prune(&dir, &initramfs)?;
+            }
+        }
+        Ok(GuestImage { kernel: self.kernel, initramfs })
+    }
+
+    /// Every file that goes in, by its path in the guest.
+    fn inputs(&self) -> Result<Inputs> {
+        let busybox = busybox()?;
+        let mut inputs = Inputs::default();
+        inputs.files.insert("usr/bin/busybox".into(), busybox);
+        let agent = paths::artifact("vssd-tests", "guest_agent")?;
+        inputs.program("usr/bin/guest_agent", &agent)?;
+        for name in &self.tools {
+            inputs.program(&format!("tools/{name}"), &paths::tool(name)?)?;
+        }
+        let mke2fs = PathBuf::from("/etc/mke2fs.conf");
+        if mke2fs.exists() {
+            inputs.files.insert("etc/mke2fs.conf".into(), mke2fs);
+        }
+        for (guest, host) in &self.files {
+            inputs.files.insert(guest.clone(), host.clone());
+        }
+        for dir in &self.modules {
+            for path in walk(dir)? {
+                if path.extension().is_some_and(|ext| ext == "ko") {
+                    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                    inputs.extra_modules.insert(name, path);
+                }
+            }
+        }
+        Ok(inputs)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Inputs {
+    files: BTreeMap<String, PathBuf>,
+    extra_modules: BTreeMap<String, PathBuf>,
+}
+
+impl Inputs {
+    /// A program and the libraries that the dynamic linker would give it.
+    fn program(&mut self, guest: &str, host: &Path) -> Result<()> {
+        self.files.insert(guest.to_owned(), host.to_path_buf());
+        // ldd fails for what is not a dynamic executable; a script needs no libraries either.
+        let Ok(said) = process::run(Command::new("ldd").env("LC_ALL", "C").arg(host)) else {
+            return Ok(());
+        };
+        for line in said.lines() {
+            // "libx.so.1 => /lib/…/libx.so.1 (0x…)" or "/lib64/ld-linux-x86-64.so.2 (0x…)"
+            let word = line.split_once("=>").map_or(line, |(_, right)| right);
+            let Some(path) = word.split_whitespace().next() else {
+                continue;
+            };
+            if path == "not" {
+                bail!("{} lacks a library: {}", host.display(), line.trim());
+            }
+            if path.starts_with('/') {
+                self.files.insert(merged_usr(path), PathBuf::from(path));
+            }
+        }
+        Ok(())
+    }
+
+    fn key(&self, kernel: &Kernel) -> String {
+        let mut digest = Sha256::new();
+        digest.update(kernel.release());
+        digest.update(INIT);
+        digest.update(format!("{MODULES:?} {ETC:?}"));
+        for (guest, host) in self.files.iter().chain(&self.extra_modules) {
+            digest.update(guest);
+            // Size and time stand for the contents: hashing 30 MB at each boot would cost more than it finds.
+            if let Ok(meta) = fs::metadata(host) {
+                digest.update(format!(" {} {}.{}\n", meta.len(), meta.mtime(), meta.mtime_nsec()));
+            }
+            digest.update(host.as_os_str().as_encoded_bytes());
+        }
+        hex(&digest.finalize()[..8])
+    }
+
+    fn pack(&self, kernel: &Kernel) -> Result<Vec<u8>> {
+        let mut archive = Archive::default();
+        for dir in ["dev", "proc", "sys", "tmp", "run", "root", "mnt", "tools", "usr/sbin", "etc"] {
+            archive.directory(dir);
+        }
+        for link in ["bin", "sbin", "lib", "lib64"] {
+            archive.directory(&format!("usr/{link}"));
+            archive.link(link, &format!("usr/{link}"));
+        }
+        archive.link("etc/mtab", "/proc/mounts");
+        archive.file("init", INIT.as_bytes().to_vec(), 0o755);
+        for (path, text) in ETC {
+            archive.file(path, text.as_bytes().to_vec(), 0o644);
+        }
+        for (guest, host) in &self.files {
+            let bytes = fs::read(host).with_context(|| format!("read {}", host.display()))?;
+            let mode = fs::metadata(host)?.mode() & 0o777;
+            archive.file(guest, bytes, mode);
+        }
+        if let Some(busybox) = self.files.get("usr/bin/busybox") {
+            let applets = process::run(Command::new(busybox).arg("--list-full"))?;
+            for applet in applets.lines() {
+                let path = merged_usr(applet);
+                if path != "usr/bin/busybox" && !path.starts_with("linuxrc") {
+                    archive.link(&path, "/usr/bin/busybox");
+                }
+            }
+        }
+        // The kernel's own module loading calls this path.
+        archive.link("usr/sbin/modprobe", "/tools/modprobe");
+        self.pack_modules(kernel, &mut archive)?;
+        Ok(archive.finish())
+    }
+
+    /// Copies the modules that are wanted and lets `depmod` index what the guest will have.
+    fn pack_modules(&self, kernel: &Kernel, archive: &mut Archive) -> Result<()> {
+        let stage = tempfile::tempdir()?;
+        let relative = format!("lib/modules/{}", kernel.release());
+        let into = stage.path().join(&relative);
+        let from = kernel.modules_dir();
+        let wanted = closure(&from, MODULES, &self.extra_modules)?;
+        for module in &wanted {
+            copy(&from.join(module), &into.join(module))?;
+        }
+        for (name, path) in &self.extra_modules {
+            copy(path, &into.join("extra").join(name))?;
+        }
+        for name in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
+            copy(&from.join(name), &into.join(name))?;
+        }
+        process::run(Command::new(paths::tool("depmod")?).arg("-b").arg(stage.path()).arg(kernel.release()))?;
+        for path in walk(&into)? {
+            let name = path.strip_prefix(stage.path())?.to_string_lossy().into_owned();
+            archive.file(&format!("usr/{name}"), fs::read(&path)?, 0o644);
+        }
+        Ok(())
+    }
+}
+
+/// The files of `names` and of all they depend on, from `modules.dep`.
+fn closure(dir: &Path, names: &[&str], extra: &BTreeMap<String, PathBuf>) -> Result<BTreeSet<String>> {
+    let dep = fs::read_to_string(dir.join("modules.dep"))?;
+    let builtin = fs::read_to_string(dir.join("modules.builtin"))?;
+    let index: BTreeMap<String, (&str, &str)> = dep
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(path, needs)| (module_name(path), (path, needs)))
+        .collect();
+    let built_in: BTreeSet<String> = builtin.lines().map(module_name).collect();
+
+    let mut names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+    for path in extra.values() {
+        names.extend(needed_by(path)?);
+    }
+    let ours: BTreeSet<String> = extra.keys().map(|name| module_name(name)).collect();
+    let mut found = BTreeSet::new();
+    for name in names {
+        if let Some((path, needs)) = index.get(&name) {
+            found.insert((*path).to_owned());
+            found.extend(needs.split_whitespace().map(str::to_owned));
+        } else if !built_in.contains(&name) && !ours.contains(&name) {
+            bail!("the kernel in {} has no module {name}", dir.display());
+        }
+    }
+    Ok(found)
+}
+
+/// What a module file says it depends on.
+fn needed_by(module: &Path) -> Result<Vec<String>> {
+    let said = process::run(Command::new(paths::tool("modinfo")?).args(["-F", "depends"]).arg(module))?;
+    Ok(said.trim().split(',').filter(|name| !name.is_empty()).map(|name| name.replace('-', "_")).collect())
+}
+
+fn module_name(path: &str) -> String {
+    let file = path.rsplit('/').next().unwrap_or(path);
+    file.split('.').next().unwrap_or(file).replace('-', "_")
+}
+
+/// `/lib/x` and `/usr/lib/x` are one place on Debian, and in the guest.
+fn merged_usr(path: &str) -> String {
+    let path = path.trim_start_matches('/');
+    if path.starts_with("usr/") { path.to_owned() } else { format!("usr/{path}") }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if let Some(parent) = to.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::copy(from, to).with_context(|| format!("copy {}", from.display()))?;
+    Ok(())
+}
+
+/// Debian's static busybox, unpacked: installing it would take the place of another busybox.
+fn busybox() -> Result<PathBuf> {
+    let root =
+        apt::cached_tree("busybox", |into| PrivateApt::open()?.unpack(&["busybox-static".to_owned()], into))?;
+    ["bin/busybox", "usr/bin/busybox"]
+        .iter()
+        .map(|path| root.join(path))
+        .find(|path| path.exists())
+        .with_context(|| format!("no busybox in {}", root.display()))
+}
+
+/// Keeps the newest images; each change of the driver makes another.
+fn prune(dir: &Path, keep: &Path) -> Result<()> {
+    const KEEP: usize = 12;
+    let mut images = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|ext| ext == "cpio") && path != keep {
+            images.push((fs::metadata(&path)?.modified()?, path));
+        }
+    }
+    images.sort();
+    images.reverse();
+    for (_, path) in images.iter().skip(KEEP) {
+        // A guest that boots from it right now has it open already or fails clearly.
+        let _ = fs::remove_file(path);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn module_names_are_compared_as_the_kernel_does() {
+        assert_eq!(module_name("kernel/crypto/crc32c-intel.ko.xz"), "crc32c_intel");
+        assert_eq!(module_name("virtio_blk.ko"), "virtio_blk");
+    }
+
+    #[test]
+    fn a_module_brings_all_it_needs_and_a_built_in_one_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(
+            dir.path().join("modules.dep"),
+            "kernel/a/virtio_blk.ko: kernel/b/virtio_ring.ko kernel/b/virtio.ko\nkernel/b/virtio.ko:\n",
+        )
+        .unwrap();
+        fs::write(dir.path().join("modules.builtin"), "kernel/c/crc32c-intel.ko\n").unwrap();
+        let found = closure(dir.path(), &["virtio_blk", "crc32c_intel"], &BTreeMap::new()).unwrap();
+        let expected = ["kernel/a/virtio_blk.ko", "kernel/b/virtio.ko", "kernel/b/virtio_ring.ko"];
+        assert_eq!(found.iter().map(String::as_str).collect::<Vec<_>>(), expected);
+        assert!(closure(dir.path(), &["nonsense"], &BTreeMap::new()).is_err());
+    }
+}
