@@ -1,1 +1,72 @@
-fn main() {}
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The commands of the README, which are also what the continuous integration runs: `cargo xtask <command>`.
+//!
+//! Orchestration only. What a guest, a daemon or a package is, `vssd-tests` knows.
+
+mod guest;
+mod stages;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::stages::Stages;
+
+#[derive(Debug, Parser)]
+#[command(about = "Builds, shows and tests vSSD; sets up what that needs on Debian 12")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install the Debian packages that are missing, or say which.
+    Setup,
+    /// Show a guest giving blocks up and getting them back.
+    Demo,
+    /// Check the style, build the driver for every kernel, run all tests.
+    Test(test::Args),
+    /// Boot a guest by hand.
+    Guest(guest::Args),
+    /// Build the guest driver for every kernel.
+    Module,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command) -> Result<()> {
+    match command {
+        Command::Setup => {
+            vssd_tests::setup::ensure()?;
+            println!("everything needed is installed");
+            Ok(())
+        }
+        Command::Demo => demo(),
+        Command::Test(args) => test::run(args),
+        Command::Guest(args) => guest::run(args),
+        Command::Module => {
+            vssd_tests::setup::ensure()?;
+            stages::build_modules()
+        }
+    }
+}
+
+fn demo() -> Result<()> {
+    let mut stages = Stages::new();
+    stages.run("set up", vssd_tests::setup::ensure)?;
+    stages.run("build", || stages::build_binaries(&[]))?;
+    stages.run("demo", guest::smoke)?;
+    stages.finish();
+    Ok(())
+}

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `cargo xtask test`: everything that must hold, cheapest first, guests last.
+
+use anyhow::Result;
+use vssd_tests::paths::PREBUILT_ENV;
+use vssd_tests::setup;
+
+use crate::stages::{self, Stages, cargo, show};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Leave out what needs a kernel or a guest.
+    #[arg(long)]
+    quick: bool,
+    /// Only the guest scenarios whose name contains this.
+    #[arg(long, value_name = "NAME")]
+    scenario: Option<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut stages = Stages::new();
+    let outcome = run_stages(args, &mut stages);
+    stages.finish();
+    outcome
+}
+
+fn run_stages(args: &Args, stages: &mut Stages) -> Result<()> {
+    if !args.quick {
+        stages.run("set up", setup::ensure)?;
+    }
+    if args.scenario.is_none() {
+        stages.run("format", || show(cargo(&["fmt", "--all", "--check"])))?;
+        stages.run("lints", || {
+            show(cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+        })?;
+        stages.run("documentation", || {
+            let mut doc = cargo(&["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"]);
+            doc.env("RUSTDOCFLAGS", "-D warnings");
+            show(doc)
+        })?;
+    }
+    stages.run("build", || stages::build_binaries(&["--quiet"]))?;
+    if args.scenario.is_none() {
+        stages.run("unit tests", || {
+            show(cargo(&["test", "--quiet", "--workspace", "--exclude", "vssd-tests"]))?;
+            show(cargo(&["test", "--quiet", "--package", "vssd-tests", "--lib", "--bins"]))
+        })?;
+    }
+    if args.quick {
+        return Ok(());
+    }
+    stages.run("guest driver, every kernel", stages::build_modules)?;
+    stages.run("guest scenarios", || {
+        let mut scenarios =
+            cargo(&["test", "--package", "vssd-tests", "--test", "*", "--no-fail-fast", "--"]);
+        scenarios.env(PREBUILT_ENV, "1").args(["--test-threads=1", "--nocapture"]);
+        if let Some(name) = &args.scenario {
+            scenarios.arg(name);
+        }
+        show(scenarios)
+    })
+}
