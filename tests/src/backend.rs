@@ -7,9 +7,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
 
-use crate::ctl::Ctl;
 use crate::paths;
 use crate::process::{Daemon, tail};
 use crate::qemu::listening;
@@ -121,10 +119,11 @@ impl Backend {
         let deadline = Deadline::after(READY);
         for socket in &sockets {
             let what = format!("{} to listen on {}", self.name, socket.display());
-            deadline.until(&what, || {
+            let ready = deadline.until(&what, || {
                 self.expect_running()?;
                 listening(socket)
-            })?;
+            });
+            ready.with_context(|| self.log_tail())?;
         }
         Ok(())
     }
@@ -157,10 +156,9 @@ impl Backend {
         Ok(self.process()?.pid())
     }
 
-    /// An error, with the end of the log, if it has ended by itself.
+    /// An error if it has ended by itself.
     pub fn expect_running(&mut self) -> Result<()> {
-        let log = tail(&self.log(), 20);
-        self.process()?.expect_running().with_context(|| format!("its log ends with:\n{log}"))
+        self.process()?.expect_running()
     }
 
     /// `kill -9`.
@@ -188,7 +186,7 @@ impl Backend {
     pub fn restart(&mut self) -> Result<()> {
         let status = self.terminate()?;
         if !status.success() {
-            bail!("{} ended with {status}; its log ends with:\n{}", self.name, tail(&self.log(), 20));
+            bail!("{} ended with {status}; {}", self.name, self.log_tail());
         }
         self.start()
     }
@@ -198,7 +196,11 @@ impl Backend {
         fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 
-    /// Its log without what a healthy daemon never writes is an error here: panics.
+    fn log_tail(&self) -> String {
+        format!("its log ends with:\n{}", tail(&self.log(), 20))
+    }
+
+    /// An error if it has ever logged a panic, also one that ended only a thread.
     pub fn expect_no_panic(&self) -> Result<()> {
         match self.log().lines().find(|line| line.contains("panicked at")) {
             Some(line) => bail!("{}: {line}", self.name),
@@ -220,17 +222,4 @@ pub fn monitor_socket(runtime: &Path) -> PathBuf {
 /// The vhost-user socket of one vSSD of a pool daemon.
 pub fn device_socket(runtime: &Path, name: &str) -> PathBuf {
     runtime.join("dev").join(format!("{name}.sock"))
-}
-
-/// The operator's command for the daemon in `runtime`.
-pub fn ctl(runtime: &Path) -> Result<Ctl> {
-    Ctl::new(&control_socket(runtime))
-}
-
-/// Reads a number from a JSON document by path (`"/pool/free_bytes"`).
-pub fn number(document: &Value, path: &str) -> Result<u64> {
-    document
-        .pointer(path)
-        .and_then(Value::as_u64)
-        .with_context(|| format!("no number at {path} in {document}"))
 }

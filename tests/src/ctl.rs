@@ -84,3 +84,11 @@ impl Ctl {
         Ok(output)
     }
 }
+
+/// Reads a number from a JSON document by its path (`"/pool/free_bytes"`).
+pub fn number(document: &Value, path: &str) -> Result<u64> {
+    document
+        .pointer(path)
+        .and_then(Value::as_u64)
+        .with_context(|| format!("no number at {path} in {document}"))
+}

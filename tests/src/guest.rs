@@ -61,9 +61,10 @@ impl Guest {
             let said = fs::read_to_string(self.parts.scratch.join("qemu.stderr")).unwrap_or_default();
             bail!("{error}: {}", tail(&said, 10));
         }
-        let console = self.console();
-        if let Some(at) = console.find("Kernel panic") {
-            bail!("the guest's kernel panicked:\n{}", tail(&console[..(at + 200).min(console.len())], 40));
+        if self.console().contains("Kernel panic") {
+            // Its report takes a moment on an emulated serial port; without its end it is still worth showing.
+            let _ = Deadline::secs(3).until("the report", || Ok(self.console().contains("end Kernel panic")));
+            bail!("the guest's kernel panicked:\n{}", tail(&self.console(), 50));
         }
         Ok(())
     }

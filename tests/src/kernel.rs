@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -94,20 +95,19 @@ impl Kernel {
     pub fn build_module(&self, source: &Path) -> Result<PathBuf> {
         let files = source_files(source)?;
         let mut digest = Sha256::new();
-        for (name, bytes) in &files {
-            digest.update(name.as_bytes());
-            digest.update([0]);
-            digest.update(bytes.len().to_le_bytes());
-            digest.update(bytes);
+        for (name, source) in &files {
+            digest.update(format!("{name}\0{:o} {}\n", source.mode, source.bytes.len()));
+            digest.update(&source.bytes);
         }
         let key = crate::hex(&digest.finalize()[..8]);
         let what = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
         fs::create_dir_all(paths::cache_dir()?.join("modules"))?;
         apt::cached_tree(&format!("modules/{what}-{}-{key}", self.release), |into| {
-            for (name, bytes) in &files {
+            for (name, source) in &files {
                 let path = into.join(name);
                 fs::create_dir_all(path.parent().unwrap_or(into))?;
-                fs::write(path, bytes)?;
+                fs::write(&path, &source.bytes)?;
+                fs::set_permissions(&path, fs::Permissions::from_mode(source.mode))?;
             }
             self.make(into)
         })
@@ -120,6 +120,8 @@ impl Kernel {
         make.env_remove("MAKEFLAGS").env_remove("MFLAGS").env("LC_ALL", "C");
         make.arg(format!("-j{jobs}")).arg("-C").arg(self.headers());
         make.arg(format!("M={}", dir.display())).args(["W=1", "modules"]);
+        // Type information serves tracing and would need pahole.
+        make.arg("CONFIG_DEBUG_INFO_BTF_MODULES=");
         let output = make.stdin(Stdio::null()).output().context("start make")?;
         let said =
             format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -169,6 +171,13 @@ fn unpack(suite: &str, into: &Path) -> Result<()> {
     Ok(())
 }
 
+#[derive(Debug)]
+struct Source {
+    bytes: Vec<u8>,
+    /// A build may run scripts of its own.
+    mode: u32,
+}
+
 /// The names in a folder, sorted.
 fn children(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
@@ -194,17 +203,42 @@ pub(crate) fn walk(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// A module's sources by relative path; what a build by hand left behind is not one.
-fn source_files(source: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+fn source_files(source: &Path) -> Result<BTreeMap<String, Source>> {
     let mut files = BTreeMap::new();
     for path in walk(source)? {
         let name = path.strip_prefix(source)?.to_string_lossy().into_owned();
-        let last = path.file_name().unwrap_or_default().to_string_lossy();
-        let is_source =
-            last == "Kbuild" || last == "Makefile" || last.ends_with(".c") || last.ends_with(".h");
-        let probe = last.ends_with(".sh") || last.ends_with(".mk");
-        if (is_source && !last.ends_with(".mod.c")) || probe {
-            files.insert(name, fs::read(&path)?);
+        if !is_build_product(&name) {
+            let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+            let mode = fs::metadata(&path)?.permissions().mode();
+            files.insert(name, Source { bytes, mode });
         }
     }
+    if files.is_empty() {
+        bail!("no module sources in {}", source.display());
+    }
     Ok(files)
+}
+
+fn is_build_product(name: &str) -> bool {
+    let last = name.rsplit('/').next().unwrap_or(name);
+    let extension = last.rsplit('.').next().unwrap_or_default();
+    last.starts_with('.')
+        || last.ends_with(".mod.c")
+        || ["o", "ko", "mod", "cmd", "d", "a"].contains(&extension)
+        || ["Module.symvers", "modules.order"].contains(&last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_build_left_behind_is_not_source() {
+        for name in ["vssd.o", "vssd.mod.c", ".vssd.o.cmd", "modules.order", "a/.tmp_x", "vssd.ko"] {
+            assert!(is_build_product(name), "{name}");
+        }
+        for name in ["Kbuild", "vssd_main.c", "vssd_abi.h", "conftest.sh", "tests/probe.c"] {
+            assert!(!is_build_product(name), "{name}");
+        }
+    }
 }

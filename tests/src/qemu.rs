@@ -27,6 +27,9 @@ use crate::wire::PORT_NAME;
 /// Chooses the accelerator instead of probing.
 pub const ACCEL_ENV: &str = "VSSD_ACCEL";
 
+/// In hardware a guest boots in a second or two.
+const KVM_BOOT: Duration = Duration::from_secs(8);
+
 /// How the guest's processors run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accel {
@@ -344,24 +347,21 @@ fn remembered_probe() -> Result<Accel> {
     if let Ok(name) = fs::read_to_string(&note) {
         return Ok(if name == "kvm" { Accel::Kvm } else { Accel::Tcg });
     }
-    let works = kvm_boots();
-    if let Err(error) = &works {
-        eprintln!("/dev/kvm does not boot a guest, using emulation: {}", first_line(&format!("{error:#}")));
-    }
-    let accel = if works.is_ok() { Accel::Kvm } else { Accel::Tcg };
+    let image = GuestImage::stock(&crate::kernel::Kernel::debian()?)?;
+    let machine = Qemu::new(QemuBinary::debian()?, &image).boot_limit(KVM_BOOT);
+    let accel = match machine.boot_with(Accel::Kvm) {
+        Ok(_) => Accel::Kvm,
+        Err(error) => {
+            let why = error.root_cause().to_string();
+            eprintln!(
+                "/dev/kvm does not boot a guest, using emulation: {}",
+                why.lines().next().unwrap_or_default()
+            );
+            Accel::Tcg
+        }
+    };
     fs::write(note, accel.name())?;
     Ok(accel)
-}
-
-fn kvm_boots() -> Result<()> {
-    let image = GuestImage::stock(&crate::kernel::Kernel::debian()?)?;
-    let machine = Qemu::new(QemuBinary::debian()?, &image).boot_limit(Duration::from_secs(10));
-    let mut guest = machine.boot_with(Accel::Kvm)?;
-    guest.kill()
-}
-
-fn first_line(text: &str) -> &str {
-    text.lines().next().unwrap_or_default()
 }
 
 /// Whether a server listens on `socket`, found without connecting (a vhost-user server serves one peer at a time).
