@@ -11,6 +11,7 @@
 //! * [`device`] is a block device in plain words: requests, segments, events.
 //! * [`control`] alone knows the control sockets and decides about sizes.
 
+pub mod config;
 pub mod control;
 pub mod device;
 pub mod vhost_user;

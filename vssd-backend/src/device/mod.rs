@@ -17,7 +17,10 @@ use vssd_pool::{Vssd, VssdId};
 use vssd_protocol::guest;
 use vssd_protocol::units::ByteOffset;
 
+pub mod config_space;
+pub mod execute;
 pub mod owner;
+pub mod request;
 
 /// One guest-channel request, decoded, on its way to the owner.
 #[derive(Debug)]
@@ -65,7 +68,10 @@ impl Drop for Reply {
 
 impl fmt::Debug for Reply {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Reply").field("ticket", &self.ticket).field("sent", &self.sent).finish_non_exhaustive()
+        f.debug_struct("Reply")
+            .field("ticket", &self.ticket)
+            .field("sent", &self.sent)
+            .finish_non_exhaustive()
     }
 }
 
@@ -74,15 +80,27 @@ impl fmt::Debug for Reply {
 pub enum DeviceEvent {
     Guest(GuestCall),
     /// A front-end opened the device's socket.
-    Connected { device: VssdId, pid: Option<i32> },
+    Connected {
+        device: VssdId,
+        pid: Option<i32>,
+    },
     /// The front-end is gone, and every session of its guest with it.
-    Disconnected { device: VssdId },
+    Disconnected {
+        device: VssdId,
+    },
     /// A request queue began to run. At ring index 0 a driver has just initialised the device, so the session of
     /// the driver before it is over; at any other index the same driver goes on.
-    QueueStarted { device: VssdId, queue: u16, fresh: bool },
+    QueueStarted {
+        device: VssdId,
+        queue: u16,
+        fresh: bool,
+    },
     /// A queue is about to stop and takes no new requests: parked WAITs are to be answered now. `done` is signalled
     /// once none of the device's requests is parked any more.
-    Quiesce { device: VssdId, done: mpsc::Sender<()> },
+    Quiesce {
+        device: VssdId,
+        done: mpsc::Sender<()>,
+    },
 }
 
 /// Where queues and front-ends send their news. Wakes the owner's event loop.
@@ -137,7 +155,11 @@ pub trait Frontends: Send {
 #[derive(Debug, thiserror::Error)]
 pub enum FrontendError {
     #[error("cannot listen on {path:?}")]
-    Listen { path: PathBuf, #[source] source: std::io::Error },
+    Listen {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("vSSD {0} has no socket")]
     NotOpen(u32),
     #[error("cannot start a thread")]

@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A request queue at work: takes chains, starts what they ask, and answers every one of them exactly once.
+//!
+//! ```text
+//!   ring ► chain::walk ► request::parse ► execute::start ─┬─ done ──► answer
+//!                                │                        └─ pending ► slot ► complete(head) ► answer
+//!                                └─ guest channel ► GuestCall to the owner ► slot ► reply(head) ► answer
+//! ```
+//!
+//! A malformed chain is answered and the queue goes on. The status byte is written in one place, [`ActiveQueue::answer`].
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, mpsc};
+
+use tracing::debug;
+use vssd_pool::{IoError, Lane, Submitted, Vssd, VssdId};
+use vssd_protocol::guest::{self, RequestType};
+
+use super::chain::{self, Segments};
+use super::memory::GuestMemory;
+use super::ring::{Ring, RingError};
+use crate::device::execute::{self, Io, S_IOERR, S_OK};
+use crate::device::request::{self, ID_LEN, Limits, Operation, Reject, SEGMENT_LEN};
+use crate::device::{DeviceEvent, GuestCall, OwnerHandle, Reply, ReplySink};
+
+/// Chains taken from one queue before others get their turn.
+const BATCH: u16 = 128;
+
+/// What all queues of a vSSD share.
+#[derive(Debug)]
+pub struct DeviceContext {
+    pub id: VssdId,
+    pub vssd: Arc<Vssd>,
+    /// Padded with NUL.
+    pub serial: [u8; ID_LEN],
+    pub owner: OwnerHandle,
+}
+
+impl DeviceContext {
+    /// One past the last byte that can be addressed, plugged or not.
+    pub fn total_bytes(&self) -> u64 {
+        self.vssd.block_size().bytes_of(self.vssd.total_blocks())
+    }
+}
+
+/// Everything a worker needs to run a queue.
+#[derive(Debug)]
+pub struct QueueStart {
+    /// Names this run of the queue: answers to an earlier run find nobody.
+    pub key: u32,
+    pub device: Arc<DeviceContext>,
+    pub limits: Limits,
+    pub ring: Ring,
+    pub kick: OwnedFd,
+    pub call: Option<OwnedFd>,
+}
+
+/// Where a queue stood when it stopped.
+#[derive(Clone, Copy, Debug)]
+pub struct Stopped {
+    pub next_avail: u16,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    /// Where the status byte goes.
+    status: *mut u8,
+    /// Bytes written to the guest if the request succeeds, status byte not counted.
+    data_len: u32,
+    busy: bool,
+}
+
+/// The memory that a guest-channel response will fill.
+type ResponseRoom = Vec<libc::iovec>;
+
+/// A running queue. Belongs to one worker.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    key: u32,
+    device: Arc<DeviceContext>,
+    limits: Limits,
+    ring: Ring,
+    kick: OwnedFd,
+    call: Option<OwnedFd>,
+    segments: Segments,
+    /// Indexed by the chain's head.
+    slots: Vec<Slot>,
+    in_flight: u32,
+    responses: HashMap<u16, ResponseRoom>,
+    /// Memory tables that requests in flight may still point into.
+    retired: Vec<Arc<GuestMemory>>,
+    body: Vec<u8>,
+    /// Requests that a crashed daemon left behind, newest first.
+    replay: Vec<u16>,
+    stop: Option<mpsc::Sender<Stopped>>,
+    /// Whether the driver broke the ring; taken up again at the next kick.
+    broken: bool,
+}
+
+// SAFETY: the raw pointers lead into guest memory that `ring` and `retired` keep mapped; one thread uses a queue at a time.
+unsafe impl Send for ActiveQueue {}
+
+/// Names the request at `head` of the queue `key`, for the lane and for replies.
+fn token(key: u32, head: u16) -> u64 {
+    u64::from(key) << 16 | u64::from(head)
+}
+
+/// The queue and head that a token names.
+pub fn split_token(token: u64) -> (u32, u16) {
+    // Exact: `token` was made of a u32 and a u16.
+    (u32::try_from(token >> 16).unwrap_or(u32::MAX), u16::try_from(token & 0xffff).unwrap_or(u16::MAX))
+}
+
+impl ActiveQueue {
+    pub fn new(start: QueueStart) -> Self {
+        let QueueStart { key, device, limits, mut ring, kick, call } = start;
+        let next_used = ring.next_used();
+        let mut replay = ring.inflight_mut().map(|i| i.recover(next_used)).unwrap_or_default();
+        if !replay.is_empty() {
+            // What was taken and not answered comes first; the ring goes on behind it. Fits: at most the queue's size.
+            let taken = u16::try_from(replay.len()).unwrap_or(ring.size());
+            ring.set_next_avail(next_used.wrapping_add(taken));
+            replay.reverse();
+        }
+        let idle = Slot { status: std::ptr::null_mut(), data_len: 0, busy: false };
+        Self {
+            key,
+            device,
+            limits,
+            slots: vec![idle; usize::from(ring.size())],
+            ring,
+            kick,
+            call,
+            segments: Segments::default(),
+            in_flight: 0,
+            responses: HashMap::new(),
+            retired: Vec::new(),
+            body: Vec::new(),
+            replay,
+            stop: None,
+            broken: false,
+        }
+    }
+
+    pub fn key(&self) -> u32 {
+        self.key
+    }
+
+    pub fn kick(&self) -> &OwnedFd {
+        &self.kick
+    }
+
+    pub fn set_call(&mut self, call: Option<OwnedFd>) {
+        self.call = call;
+    }
+
+    /// Goes on with another memory table; requests in flight end in the old one.
+    pub fn set_memory(&mut self, mem: Arc<GuestMemory>) -> Result<(), RingError> {
+        if self.in_flight > 0 {
+            self.retired.push(Arc::clone(self.ring.memory()));
+        }
+        self.ring.set_memory(mem)
+    }
+
+    /// Takes no more chains; `done` hears where the queue stands once every chain taken is answered.
+    pub fn stop(&mut self, done: mpsc::Sender<Stopped>) {
+        self.stop = Some(done);
+    }
+
+    /// Whether the queue has been asked to stop and is idle. Then it says so and can be dropped.
+    pub fn finish_stop(&mut self) -> bool {
+        if self.in_flight > 0 || self.stop.is_none() {
+            return false;
+        }
+        if let Some(done) = self.stop.take() {
+            // A replay that was not begun stays marked in flight; the avail index goes back behind it.
+            let unbegun = u16::try_from(self.replay.len()).unwrap_or(0);
+            let _ = done.send(Stopped { next_avail: self.ring.next_avail().wrapping_sub(unbegun) });
+        }
+        true
+    }
+
+    /// Takes and starts up to a batch of chains. True if more may wait.
+    pub fn process(&mut self, lane: &mut Lane, sink: &Arc<dyn ReplySink>, kicked: bool) -> bool {
+        if self.stop.is_some() || (self.broken && !kicked) {
+            return false;
+        }
+        self.broken = false;
+        // The operator may raise a vSSD's maximum at any time.
+        self.limits.total_bytes = self.device.total_bytes();
+        self.ring.disable_kick();
+        let mut budget = BATCH;
+        lane.begin_batch();
+        while budget > 0 {
+            let head = match self.replay.pop() {
+                Some(head) => head,
+                None => match self.ring.available() {
+                    Ok(0) => break,
+                    Ok(_) => self.ring.pop(),
+                    Err(error) => {
+                        debug!(device = self.device.vssd.name(), %error, "broken ring");
+                        self.broken = true;
+                        break;
+                    }
+                },
+            };
+            self.take(head, lane, sink);
+            budget -= 1;
+        }
+        lane.end_batch();
+        self.ring.publish();
+        if self.broken {
+            self.ring.enable_kick();
+            return false;
+        }
+        budget == 0 || self.ring.enable_kick()
+    }
+
+    fn take(&mut self, head: u16, lane: &mut Lane, sink: &Arc<dyn ReplySink>) {
+        let Some(slot) = self.slots.get(usize::from(head)) else {
+            // A head outside the ring has no used entry that could answer it.
+            debug!(device = self.device.vssd.name(), head, "head outside the ring");
+            return;
+        };
+        if slot.busy {
+            debug!(device = self.device.vssd.name(), head, "head made available twice");
+            self.ring.push_used(head, 0);
+            return;
+        }
+        if let Err(error) = chain::walk(&self.ring, head, &mut self.segments) {
+            debug!(device = self.device.vssd.name(), head, %error, "malformed chain");
+            self.ring.push_used(head, 0);
+            return;
+        }
+        let Some(status) = self.segments.take_status() else {
+            debug!(device = self.device.vssd.name(), head, "chain without room for a status");
+            self.ring.push_used(head, 0);
+            return;
+        };
+        if let Err(reject) = self.begin(head, status, lane, sink) {
+            debug!(device = self.device.vssd.name(), head, %reject, "request refused");
+            self.answer(head, status, execute::status_of_reject(reject), 0);
+        }
+    }
+
+    /// Parses and starts the request in `segments`.
+    fn begin(
+        &mut self,
+        head: u16,
+        status: *mut u8,
+        lane: &mut Lane,
+        sink: &Arc<dyn ReplySink>,
+    ) -> Result<(), Reject> {
+        let mut header = [0; guest::BLK_HEADER_LEN];
+        // SAFETY: `walk` found the segments in memory that the ring keeps mapped.
+        if !unsafe { self.segments.take_readable(&mut header) } {
+            return Err(Reject::Malformed("less than 16 bytes of header"));
+        }
+        let (readable, writable) = (self.segments.readable_len, self.segments.writable_len);
+        let io = match request::parse(header, readable, writable, &self.limits)? {
+            Operation::Read(extent) => Io::Read(extent),
+            Operation::Write(extent) => Io::Write(extent),
+            Operation::Flush => Io::Flush,
+            Operation::Discard => Io::Discard(request::parse_discard(self.segment()?, &self.limits)?),
+            Operation::WriteZeroes => {
+                let (extent, unmap) = request::parse_write_zeroes(self.segment()?, &self.limits)?;
+                Io::WriteZeroes(extent, unmap)
+            }
+            Operation::GetId => {
+                // SAFETY: as above.
+                let written = unsafe { Segments::write(&self.segments.writable, &self.device.serial) };
+                self.answer(head, status, S_OK, u32::try_from(written).unwrap_or(0));
+                return Ok(());
+            }
+            Operation::Guest(kind) => return self.begin_guest_call(kind, head, status, sink),
+        };
+        let (segments, data_len) = match io {
+            Io::Read(_) => (&self.segments.writable, writable),
+            _ => (&self.segments.readable, 0),
+        };
+        // SAFETY: the memory stays mapped: the ring holds its table, and `set_memory` retires it while requests fly.
+        match unsafe { execute::start(lane, &self.device.vssd, io, segments, token(self.key, head)) } {
+            Submitted::Done(result) => self.answer_io(head, status, data_len, result),
+            Submitted::Pending => self.occupy(head, status, data_len),
+        }
+        Ok(())
+    }
+
+    /// Copies the one segment of a discard or write-zeroes. `parse` made sure of its length.
+    fn segment(&mut self) -> Result<[u8; SEGMENT_LEN], Reject> {
+        let mut segment = [0; SEGMENT_LEN];
+        // SAFETY: `walk` found the segments in memory that the ring keeps mapped.
+        if unsafe { self.segments.take_readable(&mut segment) } {
+            Ok(segment)
+        } else {
+            Err(Reject::Malformed("not exactly one segment"))
+        }
+    }
+
+    fn begin_guest_call(
+        &mut self,
+        kind: RequestType,
+        head: u16,
+        status: *mut u8,
+        sink: &Arc<dyn ReplySink>,
+    ) -> Result<(), Reject> {
+        self.body.resize(self.segments.readable_len as usize, 0);
+        // SAFETY: `walk` found the segments in memory that the ring keeps mapped.
+        unsafe { self.segments.take_readable(&mut self.body) };
+        let request = guest::Request::decode(kind, &self.body).map_err(|error| {
+            debug!(device = self.device.vssd.name(), %error, "guest-channel request does not decode");
+            Reject::Malformed("guest-channel request does not decode")
+        })?;
+        let ranges = match &request {
+            guest::Request::Unplug { ranges, .. } | guest::Request::Plug { ranges, .. } => ranges.len(),
+            _ => 0,
+        };
+        let room = self.segments.writable_len as usize;
+        let ranges = u32::try_from(ranges).unwrap_or(u32::MAX);
+        if room < guest::min_response_len(kind, ranges) {
+            return Err(Reject::Malformed("no room for the guest-channel response"));
+        }
+        self.responses.insert(head, self.segments.writable.clone());
+        self.occupy(head, status, 0);
+        let reply = Reply::new(Arc::clone(sink), token(self.key, head));
+        let call = GuestCall { device: self.device.id, request, response_room: room, reply };
+        self.device.owner.send(DeviceEvent::Guest(call));
+        Ok(())
+    }
+
+    fn occupy(&mut self, head: u16, status: *mut u8, data_len: u32) {
+        self.slots[usize::from(head)] = Slot { status, data_len, busy: true };
+        self.in_flight += 1;
+    }
+
+    fn release(&mut self, head: u16) -> Option<Slot> {
+        let slot = self.slots.get_mut(usize::from(head)).filter(|slot| slot.busy)?;
+        slot.busy = false;
+        let slot = *slot;
+        self.in_flight -= 1;
+        Some(slot)
+    }
+
+    /// A pending operation ended.
+    pub fn complete(&mut self, head: u16, result: Result<(), IoError>) {
+        if let Some(slot) = self.release(head) {
+            self.answer_io(head, slot.status, slot.data_len, result);
+        }
+        self.drop_retired();
+    }
+
+    /// The owner answers a guest-channel request; an empty response means that it could not.
+    pub fn reply(&mut self, head: u16, response: &[u8]) {
+        let room = self.responses.remove(&head);
+        if let (Some(slot), Some(room)) = (self.release(head), room) {
+            // SAFETY: the room was found in memory that `ring` or `retired` keeps mapped.
+            let written = unsafe { Segments::write(&room, response) };
+            let status = if response.is_empty() || written < response.len() { S_IOERR } else { S_OK };
+            self.answer(head, slot.status, status, u32::try_from(written).unwrap_or(0));
+        }
+        self.drop_retired();
+    }
+
+    /// Forgets the guest-channel requests in flight. They stay marked in the inflight region, so that the next daemon, or
+    /// this one after a reconnect, finds and answers them.
+    pub fn abandon_guest_calls(&mut self) {
+        for (head, _) in std::mem::take(&mut self.responses) {
+            self.release(head);
+        }
+        self.drop_retired();
+    }
+
+    fn drop_retired(&mut self) {
+        if self.in_flight == 0 {
+            self.retired.clear();
+        }
+    }
+
+    fn answer_io(&mut self, head: u16, status: *mut u8, data_len: u32, result: Result<(), IoError>) {
+        if let Err(error) = result {
+            debug!(device = self.device.vssd.name(), head, ?error, "request failed");
+        }
+        let written = if result.is_ok() { data_len } else { 0 };
+        self.answer(head, status, execute::status(result), written);
+    }
+
+    /// Answers the chain `head`: the one place where a status byte is written.
+    fn answer(&mut self, head: u16, status: *mut u8, value: u8, written: u32) {
+        // SAFETY: `walk` found the status byte in memory that `ring` or `retired` keeps mapped.
+        unsafe { status.write_volatile(value) };
+        self.ring.push_used(head, written.saturating_add(1));
+    }
+
+    /// Publishes answers and interrupts the driver if it wants to know.
+    pub fn flush_used(&mut self) {
+        self.ring.publish();
+        if self.ring.needs_signal() {
+            self.signal();
+        }
+    }
+
+    /// Interrupts the driver. The descriptor does not block: a counter at its limit is an interrupt that is pending.
+    pub fn signal(&self) {
+        if let Some(call) = &self.call {
+            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+        }
+    }
+}

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A split virtqueue from the device's side (virtio 1.3, §2.7).
+//!
+//! ```text
+//!   desc table  16 B × size   driver writes   { le64 addr, le32 len, le16 flags, le16 next }
+//!   avail ring                driver writes   { le16 flags, le16 idx, le16 ring[size], le16 used_event }
+//!   used ring                 device writes   { le16 flags, le16 idx, { le32 id, le32 len }[size], le16 avail_event }
+//! ```
+//!
+//! Each of the three lies in one memory region (checked when the ring is made), so that the hot path reads through
+//! pointers. Every field is read once; what it says is checked by the reader. Knows rings, not requests.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+
+use super::inflight::InflightQueue;
+use super::memory::GuestMemory;
+
+/// Largest queue that virtio allows (§2.7: a power of two up to 32768).
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+
+const DESC_SIZE: u64 = 16;
+const AVAIL_F_NO_INTERRUPT: u16 = 1;
+const USED_F_NO_NOTIFY: u16 = 1;
+
+/// Where a ring is and where it stands.
+#[derive(Clone, Copy, Debug)]
+pub struct RingSpec {
+    pub size: u16,
+    /// Guest addresses.
+    pub desc: u64,
+    pub avail: u64,
+    pub used: u64,
+    pub event_idx: bool,
+    /// Index of the next avail entry to take.
+    pub next_avail: u16,
+}
+
+/// Why a ring cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    #[error("queue size {0} is not a power of two from 1 to {MAX_QUEUE_SIZE}")]
+    Size(u16),
+    #[error("{part} at guest address {addr:#x} is misaligned or not in one memory region")]
+    Address { part: &'static str, addr: u64 },
+    #[error("avail index {avail} is more than {size} ahead of {next}")]
+    AvailIndex { avail: u16, next: u16, size: u16 },
+}
+
+/// A descriptor, copied out of guest memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Descriptor {
+    pub addr: u64,
+    pub len: u32,
+    pub flags: u16,
+    pub next: u16,
+}
+
+impl Descriptor {
+    pub const SIZE: u64 = DESC_SIZE;
+
+    /// Reads the descriptor at `at`.
+    ///
+    /// # Safety
+    /// `at` must point to 16 bytes that stay mapped during the call.
+    pub unsafe fn read(at: *const u8) -> Self {
+        // SAFETY: the caller vouches for 16 bytes; the fields may change under us, and each is read once.
+        unsafe {
+            Self {
+                addr: u64::from_le(at.cast::<u64>().read_unaligned()),
+                len: u32::from_le(at.add(8).cast::<u32>().read_unaligned()),
+                flags: u16::from_le(at.add(12).cast::<u16>().read_unaligned()),
+                next: u16::from_le(at.add(14).cast::<u16>().read_unaligned()),
+            }
+        }
+    }
+}
+
+/// The ring. Belongs to one worker thread.
+#[derive(Debug)]
+pub struct Ring {
+    spec: RingSpec,
+    mem: Arc<GuestMemory>,
+    desc: *const u8,
+    avail: *const u8,
+    used: *mut u8,
+    next_used: u16,
+    /// Used entries up to here have been considered for an interrupt.
+    signalled_used: u16,
+    /// Entries written behind `next_used` but not published yet.
+    batch: Vec<u16>,
+    inflight: Option<InflightQueue>,
+}
+
+// SAFETY: the pointers lead into `mem`, which the ring keeps mapped; a ring is used by one thread at a time.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    /// Makes the ring; its used index goes on from what is in guest memory.
+    pub fn new(
+        spec: RingSpec,
+        mem: Arc<GuestMemory>,
+        inflight: Option<InflightQueue>,
+    ) -> Result<Self, RingError> {
+        if !spec.size.is_power_of_two() || spec.size > MAX_QUEUE_SIZE {
+            return Err(RingError::Size(spec.size));
+        }
+        let (desc, avail, used) = Self::locate(&spec, &mem)?;
+        let mut ring = Self {
+            spec,
+            mem,
+            desc,
+            avail,
+            used,
+            next_used: 0,
+            signalled_used: 0,
+            batch: Vec::with_capacity(usize::from(spec.size)),
+            inflight,
+        };
+        ring.next_used = ring.used_idx().load(Ordering::Acquire);
+        ring.signalled_used = ring.next_used;
+        Ok(ring)
+    }
+
+    fn locate(spec: &RingSpec, mem: &GuestMemory) -> Result<(*const u8, *const u8, *mut u8), RingError> {
+        let size = u64::from(spec.size);
+        let part = |part, addr: u64, align: u64, len: u64| {
+            addr.is_multiple_of(align)
+                .then(|| mem.translate_whole(addr, len))
+                .flatten()
+                .ok_or(RingError::Address { part, addr })
+        };
+        let desc = part("descriptor table", spec.desc, 16, DESC_SIZE * size)?;
+        let avail = part("avail ring", spec.avail, 2, 6 + 2 * size)?;
+        let used = part("used ring", spec.used, 4, 6 + 8 * size)?;
+        Ok((desc, avail, used))
+    }
+
+    /// Goes on with another memory table in which the ring has the same guest addresses.
+    pub fn set_memory(&mut self, mem: Arc<GuestMemory>) -> Result<(), RingError> {
+        (self.desc, self.avail, self.used) = Self::locate(&self.spec, &mem)?;
+        self.mem = mem;
+        Ok(())
+    }
+
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.mem
+    }
+
+    pub fn size(&self) -> u16 {
+        self.spec.size
+    }
+
+    pub fn next_avail(&self) -> u16 {
+        self.spec.next_avail
+    }
+
+    pub fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
+    pub fn set_next_avail(&mut self, next_avail: u16) {
+        self.spec.next_avail = next_avail;
+    }
+
+    pub fn inflight_mut(&mut self) -> Option<&mut InflightQueue> {
+        self.inflight.as_mut()
+    }
+
+    fn avail_u16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: `locate` checked that the avail ring of 6 + 2·size bytes is mapped and 2-aligned; callers pass
+        // offsets within it; the guest may write concurrently, which atomics allow.
+        unsafe { AtomicU16::from_ptr(self.avail.add(offset).cast_mut().cast()) }
+    }
+
+    fn used_u16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: as for the avail ring: 6 + 8·size bytes, 4-aligned.
+        unsafe { AtomicU16::from_ptr(self.used.add(offset).cast()) }
+    }
+
+    fn used_idx(&self) -> &AtomicU16 {
+        self.used_u16(2)
+    }
+
+    fn mask(&self) -> u16 {
+        self.spec.size - 1
+    }
+
+    /// How many chains wait. An index further ahead than the ring is long means that the driver is broken.
+    pub fn available(&self) -> Result<u16, RingError> {
+        let avail = u16::from_le(self.avail_u16(2).load(Ordering::Acquire));
+        let next = self.spec.next_avail;
+        let waiting = avail.wrapping_sub(next);
+        if waiting > self.spec.size {
+            return Err(RingError::AvailIndex { avail, next, size: self.spec.size });
+        }
+        Ok(waiting)
+    }
+
+    /// Takes the head of the next chain; call only while [`Self::available`] said there is one. The head is as the
+    /// driver wrote it and may be out of bounds.
+    pub fn pop(&mut self) -> u16 {
+        let slot = usize::from(self.spec.next_avail & self.mask());
+        let head = u16::from_le(self.avail_u16(4 + 2 * slot).load(Ordering::Relaxed));
+        self.spec.next_avail = self.spec.next_avail.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.begin(head);
+        }
+        head
+    }
+
+    /// The descriptor `index` of the ring's own table.
+    pub fn descriptor(&self, index: u16) -> Option<Descriptor> {
+        if index >= self.spec.size {
+            return None;
+        }
+        // SAFETY: `locate` checked 16·size bytes of table.
+        Some(unsafe { Descriptor::read(self.desc.add(usize::from(index) * 16)) })
+    }
+
+    /// Writes a used entry. It becomes visible to the driver with [`Self::publish`].
+    pub fn push_used(&mut self, head: u16, len: u32) {
+        let slot = usize::from(self.next_used.wrapping_add(self.batch_len()) & self.mask());
+        let entry = self.used.wrapping_add(4 + 8 * slot);
+        // SAFETY: the slot lies within the used ring checked by `locate`; raw writes, for the guest may look.
+        unsafe {
+            entry.cast::<u32>().write_volatile(u32::from(head).to_le());
+            entry.add(4).cast::<u32>().write_volatile(len.to_le());
+        }
+        self.batch.push(head);
+        if self.batch.len() == usize::from(self.spec.size) {
+            self.publish();
+        }
+    }
+
+    fn batch_len(&self) -> u16 {
+        // At most `size` entries: `push_used` publishes a full batch.
+        u16::try_from(self.batch.len()).unwrap_or(self.spec.size)
+    }
+
+    /// Makes the entries pushed since the last call visible to the driver.
+    pub fn publish(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
+        if let Some(inflight) = &mut self.inflight {
+            inflight.link_batch(&self.batch);
+        }
+        self.next_used = self.next_used.wrapping_add(self.batch_len());
+        self.used_idx().store(self.next_used.to_le(), Ordering::Release);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.end_batch(&self.batch, self.next_used);
+        }
+        self.batch.clear();
+    }
+
+    /// Whether the driver wants an interrupt for what was published since this was last asked.
+    pub fn needs_signal(&mut self) -> bool {
+        let (old, new) = (self.signalled_used, self.next_used);
+        if old == new {
+            return false;
+        }
+        self.signalled_used = new;
+        // The used index must be visible before the driver's wish is read, or both sides may go to sleep (§2.7.10).
+        fence(Ordering::SeqCst);
+        if self.spec.event_idx {
+            let used_event =
+                u16::from_le(self.avail_u16(4 + 2 * usize::from(self.spec.size)).load(Ordering::Relaxed));
+            new.wrapping_sub(used_event).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            u16::from_le(self.avail_u16(0).load(Ordering::Relaxed)) & AVAIL_F_NO_INTERRUPT == 0
+        }
+    }
+
+    /// Asks the driver for a kick at the next chain. True if one arrived meanwhile, which may bring no kick.
+    pub fn enable_kick(&mut self) -> bool {
+        if self.spec.event_idx {
+            let offset = 4 + 8 * usize::from(self.spec.size);
+            self.used_u16(offset).store(self.spec.next_avail.to_le(), Ordering::Relaxed);
+        } else {
+            self.used_u16(0).store(0, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+        matches!(self.available(), Ok(1..))
+    }
+
+    /// Asks for silence while chains are taken anyway. With EVENT_IDX it is enough not to move the event index.
+    pub fn disable_kick(&mut self) {
+        if !self.spec.event_idx {
+            self.used_u16(0).store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
+        }
+    }
+}

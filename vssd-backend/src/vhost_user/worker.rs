@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The worker threads: a fixed number, each with an epoll set, a pool lane and the queues assigned to it.
+//!
+//! ```text
+//!            ┌──────────── epoll ────────────┐
+//!   kick ───►│ process up to a batch a queue │──► lane ──► completions ─┐
+//!   mailbox ►│ start/stop/memory/reply       │                          │
+//!   lane ───►│ reap ─────────────────────────┼──► answers ► publish ► interrupt
+//!            └───────────────────────────────┘
+//! ```
+//!
+//! Workers share nothing but the pool: no lock is taken on the way of a request. With nothing to do a worker sleeps.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use std::{io, thread};
+
+use rustix::event::{EventfdFlags, epoll, eventfd};
+use tracing::{debug, error};
+use vssd_pool::{Lane, Pool};
+
+use super::memory::GuestMemory;
+use super::queue::{ActiveQueue, QueueStart, Stopped, split_token};
+use crate::device::ReplySink;
+
+const MAILBOX: u64 = u64::MAX;
+const LANE: u64 = u64::MAX - 1;
+
+/// What a session, or the owner's reply, tells a worker.
+#[derive(Debug)]
+enum Command {
+    Start(Box<QueueStart>),
+    Stop { key: u32, taken: mpsc::Sender<()>, done: mpsc::Sender<Stopped> },
+    Abandon { key: u32 },
+    SetMemory { key: u32, mem: Arc<GuestMemory> },
+    SetCall { key: u32, call: Option<OwnedFd> },
+    Reply { ticket: u64, response: Vec<u8> },
+    Exit,
+}
+
+#[derive(Debug)]
+struct Mailbox {
+    commands: Mutex<Vec<Command>>,
+    wake: OwnedFd,
+}
+
+impl Mailbox {
+    fn post(&self, command: Command) {
+        let first = {
+            let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+            commands.push(command);
+            commands.len() == 1
+        };
+        if first {
+            // Fails only when the counter is at its limit, and then the worker is awake anyway.
+            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+        }
+    }
+
+    fn take(&self, into: &mut Vec<Command>) {
+        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        std::mem::swap(&mut *self.commands.lock().unwrap_or_else(PoisonError::into_inner), into);
+    }
+}
+
+impl ReplySink for Mailbox {
+    fn complete(&self, ticket: u64, response: Vec<u8>) {
+        self.post(Command::Reply { ticket, response });
+    }
+}
+
+/// Sends commands to one worker.
+#[derive(Clone, Debug)]
+pub struct WorkerHandle {
+    mailbox: Arc<Mailbox>,
+}
+
+impl WorkerHandle {
+    pub fn start(&self, queue: QueueStart) {
+        self.mailbox.post(Command::Start(Box::new(queue)));
+    }
+
+    /// Begins to stop a queue.
+    pub fn stop(&self, key: u32) -> StopTicket {
+        let (taken, last_taken) = mpsc::channel();
+        let (done, stopped) = mpsc::channel();
+        self.mailbox.post(Command::Stop { key, taken, done });
+        StopTicket { last_taken, stopped }
+    }
+
+    /// Leaves the guest-channel requests of a stopping queue unanswered, to be replayed by whoever serves the guest next.
+    pub fn abandon(&self, key: u32) {
+        self.mailbox.post(Command::Abandon { key });
+    }
+
+    pub fn set_memory(&self, key: u32, mem: Arc<GuestMemory>) {
+        self.mailbox.post(Command::SetMemory { key, mem });
+    }
+
+    pub fn set_call(&self, key: u32, call: Option<OwnedFd>) {
+        self.mailbox.post(Command::SetCall { key, call });
+    }
+}
+
+/// A queue that is stopping. A request parked with the owner keeps it from ending, and must be asked back between the two
+/// waits: after the first, no further request can reach the owner.
+#[derive(Debug)]
+pub struct StopTicket {
+    last_taken: mpsc::Receiver<()>,
+    stopped: mpsc::Receiver<Stopped>,
+}
+
+impl StopTicket {
+    /// Waits until the queue takes no more chains.
+    pub fn wait_quiet(&self) {
+        // An error means that the queue was not running: quiet too.
+        let _ = self.last_taken.recv();
+    }
+
+    /// Waits until every chain taken is answered, or for `timeout`. `Ok(None)` if the queue was not running.
+    pub fn wait(&self, timeout: Duration) -> Result<Option<Stopped>, mpsc::RecvTimeoutError> {
+        match self.stopped.recv_timeout(timeout) {
+            Ok(stopped) => Ok(Some(stopped)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Ok(None),
+            Err(timeout) => Err(timeout),
+        }
+    }
+}
+
+/// The worker threads of the daemon.
+#[derive(Debug)]
+pub struct Workers {
+    handles: Vec<WorkerHandle>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Workers {
+    /// Starts `count` threads, each with a lane of `pool`.
+    pub fn spawn(pool: &Arc<Pool>, count: usize) -> io::Result<Self> {
+        let mut workers = Self { handles: Vec::new(), threads: Vec::new() };
+        for index in 0..count.max(1) {
+            let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
+            let mailbox = Arc::new(Mailbox { commands: Mutex::default(), wake });
+            let handle = WorkerHandle { mailbox: Arc::clone(&mailbox) };
+            let pool = Arc::clone(pool);
+            let (ready, started) = mpsc::channel();
+            // The lane is made on the thread that uses it: its io_uring accepts no other.
+            let body = move || match Worker::new(&pool, mailbox) {
+                Ok(mut worker) => {
+                    let _ = ready.send(Ok(()));
+                    if let Err(error) = worker.run() {
+                        error!(%error, "a worker thread ended; its queues are dead");
+                    }
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            };
+            let thread = thread::Builder::new().name(format!("worker-{index}")).spawn(body)?;
+            workers.handles.push(handle);
+            workers.threads.push(thread);
+            started.recv().unwrap_or_else(|_| Err(io::Error::other("worker thread died at its start")))?;
+        }
+        Ok(workers)
+    }
+
+    pub fn handles(&self) -> &[WorkerHandle] {
+        &self.handles
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        for handle in &self.handles {
+            handle.mailbox.post(Command::Exit);
+        }
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                error!("a worker thread panicked");
+            }
+        }
+    }
+}
+
+struct Worker {
+    mailbox: Arc<Mailbox>,
+    sink: Arc<dyn ReplySink>,
+    epoll: OwnedFd,
+    lane: Lane,
+    queues: HashMap<u32, ActiveQueue>,
+    /// Queues with chains waiting: whether a kick said so.
+    ready: Vec<(u32, bool)>,
+    /// Queues that have answers to publish.
+    answered: Vec<u32>,
+    commands: Vec<Command>,
+    exit: bool,
+}
+
+impl Worker {
+    fn new(pool: &Arc<Pool>, mailbox: Arc<Mailbox>) -> io::Result<Self> {
+        let lane = pool.lane().map_err(io::Error::other)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &mailbox.wake, epoll::EventData::new_u64(MAILBOX), epoll::EventFlags::IN)?;
+        epoll::add(&epoll, lane.event_fd(), epoll::EventData::new_u64(LANE), epoll::EventFlags::IN)?;
+        let sink: Arc<dyn ReplySink> = Arc::<Mailbox>::clone(&mailbox);
+        Ok(Self {
+            mailbox,
+            sink,
+            epoll,
+            lane,
+            queues: HashMap::new(),
+            ready: Vec::new(),
+            answered: Vec::new(),
+            commands: Vec::new(),
+            exit: false,
+        })
+    }
+
+    fn run(&mut self) -> io::Result<()> {
+        let mut events = Vec::with_capacity(64);
+        let mut again = Vec::new();
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        while !self.exit {
+            let timeout = (!self.ready.is_empty()).then_some(&now);
+            events.clear();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(errno) => return Err(errno.into()),
+            }
+            for event in &events {
+                match event.data.u64() {
+                    MAILBOX => self.obey(),
+                    LANE => self.reap(),
+                    // Edge-triggered, so the kick's counter is never read.
+                    key => self.ready.push((u32::try_from(key).unwrap_or(u32::MAX), true)),
+                }
+            }
+            std::mem::swap(&mut self.ready, &mut again);
+            for (key, kicked) in again.drain(..) {
+                if let Some(queue) = self.queues.get_mut(&key) {
+                    if queue.process(&mut self.lane, &self.sink, kicked) {
+                        self.ready.push((key, false));
+                    }
+                    self.answered.push(key);
+                }
+            }
+            self.publish();
+        }
+        Ok(())
+    }
+
+    /// Publishes answers and lets go of the queues that were to stop and are idle now.
+    fn publish(&mut self) {
+        for key in self.answered.drain(..) {
+            let Some(queue) = self.queues.get_mut(&key) else { continue };
+            queue.flush_used();
+            if queue.finish_stop() {
+                let _ = epoll::delete(&self.epoll, queue.kick());
+                self.queues.remove(&key);
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        let (queues, answered) = (&mut self.queues, &mut self.answered);
+        self.lane.poll(&mut |token, result| {
+            let (key, head) = split_token(token);
+            if let Some(queue) = queues.get_mut(&key) {
+                queue.complete(head, result);
+                answered.push(key);
+            }
+        });
+    }
+
+    fn obey(&mut self) {
+        let mut commands = std::mem::take(&mut self.commands);
+        self.mailbox.take(&mut commands);
+        for command in commands.drain(..) {
+            match command {
+                Command::Start(start) => self.start(*start),
+                Command::Stop { key, taken, done } => {
+                    if let Some(queue) = self.queues.get_mut(&key) {
+                        queue.stop(done);
+                        let _ = taken.send(());
+                        self.answered.push(key);
+                    }
+                }
+                Command::Abandon { key } => {
+                    if let Some(queue) = self.queues.get_mut(&key) {
+                        queue.abandon_guest_calls();
+                        self.answered.push(key);
+                    }
+                }
+                Command::SetMemory { key, mem } => {
+                    if let Some(queue) = self.queues.get_mut(&key)
+                        && let Err(error) = queue.set_memory(mem)
+                    {
+                        debug!(%error, "the ring is not in the new memory table: the queue stops taking chains");
+                        let (done, _) = mpsc::channel();
+                        queue.stop(done);
+                        self.answered.push(key);
+                    }
+                }
+                Command::SetCall { key, call } => {
+                    if let Some(queue) = self.queues.get_mut(&key) {
+                        queue.set_call(call);
+                        // An interrupt may have been due while there was no descriptor for it.
+                        queue.signal();
+                    }
+                }
+                Command::Reply { ticket, response } => {
+                    let (key, head) = split_token(ticket);
+                    if let Some(queue) = self.queues.get_mut(&key) {
+                        queue.reply(head, &response);
+                        self.answered.push(key);
+                    }
+                }
+                Command::Exit => self.exit = true,
+            }
+        }
+        self.commands = commands;
+    }
+
+    fn start(&mut self, start: QueueStart) {
+        let queue = ActiveQueue::new(start);
+        let key = queue.key();
+        let data = epoll::EventData::new_u64(u64::from(key));
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        if let Err(error) = epoll::add(&self.epoll, queue.kick().as_fd(), data, flags) {
+            error!(%error, "cannot watch a queue's kick descriptor");
+            return;
+        }
+        // The driver may have kicked, or missed an interrupt, while nobody was here.
+        queue.signal();
+        self.queues.insert(key, queue);
+        self.ready.push((key, true));
+    }
+}
