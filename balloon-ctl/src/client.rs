@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One connection to the daemon: calls with a time limit, and the events that follow a subscription.
+//!
+//! Everything that arrives is distrusted: lines have a greatest length, an answer must carry the number of
+//! its question, and no peer can make a call last longer than its limit by sending a little now and then.
+//! Knows no method.
+
+use std::collections::VecDeque;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use vssd_protocol::control::{MAX_LINE, RpcRequest, method};
+
+use crate::error::{CtlError, Refusal, Result};
+use crate::size::Millis;
+
+const HINT_ENDED: &str = "it ended or was restarted; what was asked may or may not have happened";
+
+/// An answer as it came, and as the type it must be. Programs get the former, so that fields that a newer
+/// daemon adds reach them.
+#[derive(Debug)]
+pub(crate) struct Answer<T> {
+    pub(crate) raw: Value,
+    pub(crate) typed: T,
+}
+
+#[derive(Debug)]
+pub(crate) struct Client {
+    path: PathBuf,
+    stream: UnixStream,
+    /// Of a call.
+    limit: Duration,
+    last_id: u64,
+    /// Received and not yet used: the head of an incomplete line, or more.
+    received: Vec<u8>,
+    /// How much of `received` is known to hold no end of line.
+    searched: usize,
+    /// Events that came while an answer was awaited.
+    events: VecDeque<Value>,
+}
+
+impl Client {
+    pub(crate) fn connect(path: &Path, limit: Duration) -> Result<Self> {
+        let stream = connect_within(path, limit)?;
+        Ok(Self {
+            path: path.to_owned(),
+            stream,
+            limit,
+            last_id: 0,
+            received: Vec::new(),
+            searched: 0,
+            events: VecDeque::new(),
+        })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Calls `method` and takes its answer for a `T`.
+    pub(crate) fn call<T: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        params: &impl Serialize,
+    ) -> Result<Answer<T>> {
+        self.call_for(method, params, Duration::ZERO)
+    }
+
+    /// Calls a method that may take `patience` before it answers, and the usual time on top.
+    pub(crate) fn call_for<T: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        params: &impl Serialize,
+        patience: Duration,
+    ) -> Result<Answer<T>> {
+        let params = serde_json::to_value(params).map_err(|err| CtlError::usage(err.to_string()))?;
+        let raw = self.call_raw(method, Some(params), patience)?;
+        let typed = T::deserialize(&raw).map_err(|err| CtlError::Protocol(format!("{method}: {err}")))?;
+        Ok(Answer { raw, typed })
+    }
+
+    pub(crate) fn call_raw(
+        &mut self,
+        method: &str,
+        params: Option<Value>,
+        patience: Duration,
+    ) -> Result<Value> {
+        let deadline = deadline_in(self.limit.saturating_add(patience));
+        self.last_id += 1;
+        let id = self.last_id;
+        let request =
+            RpcRequest { jsonrpc: "2.0".to_owned(), id: Some(id.into()), method: method.to_owned(), params };
+        let mut line = serde_json::to_vec(&request).map_err(|err| CtlError::usage(err.to_string()))?;
+        line.push(b'\n');
+        if line.len() > MAX_LINE {
+            return Err(CtlError::usage(format!(
+                "the request is {} bytes long, and a line has {MAX_LINE} at most",
+                line.len()
+            )));
+        }
+        self.send(&line, deadline).and_then(|()| self.receive_answer(id, deadline)).map_err(|err| match err {
+            Interrupted::Error(err) => err,
+            Interrupted::TimedOut => CtlError::TimedOut {
+                message: format!(
+                    "the daemon did not answer {method} within {}",
+                    Millis(u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX))
+                ),
+                hint: "it may be busy or stuck, and what was asked may still happen; --timeout sets how long to wait"
+                    .to_owned(),
+            },
+        })
+    }
+
+    /// The next event; `None` when none comes before `deadline`.
+    pub(crate) fn next_event(&mut self, deadline: Option<Instant>) -> Result<Option<Value>> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(Some(event));
+            }
+            match self.receive_object(deadline) {
+                Ok(object) => self.keep_event(object)?,
+                Err(Interrupted::TimedOut) => return Ok(None),
+                Err(Interrupted::Error(err)) => return Err(err),
+            }
+        }
+    }
+
+    /// Writes all of `line`. A daemon that answers and closes before it has read everything (too many
+    /// connections) is no failure yet: what it said decides.
+    fn send(&mut self, line: &[u8], deadline: Option<Instant>) -> std::result::Result<(), Interrupted> {
+        let mut rest = line;
+        while !rest.is_empty() {
+            let wait = remaining(deadline)?;
+            self.stream.set_write_timeout(wait).map_err(|err| self.lost(&err.to_string()))?;
+            match self.stream.write(rest) {
+                Ok(count) => rest = &rest[count..],
+                Err(err) => match err.kind() {
+                    ErrorKind::Interrupted => {}
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut => return Err(Interrupted::TimedOut),
+                    ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => return Ok(()),
+                    _ => return Err(self.lost(&err.to_string())),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn receive_answer(
+        &mut self,
+        id: u64,
+        deadline: Option<Instant>,
+    ) -> std::result::Result<Value, Interrupted> {
+        loop {
+            let mut object = self.receive_object(deadline)?;
+            if object.contains_key("method") {
+                self.keep_event(object)?;
+                continue;
+            }
+            let answered = object.remove("id").unwrap_or(Value::Null);
+            if let Some(error) = object.remove("error") {
+                // The daemon has no number to give back when it could not read the request.
+                if answered != id && !answered.is_null() {
+                    return Err(protocol(format!("it answers call {answered} instead of {id}")));
+                }
+                let refusal: Refusal =
+                    serde_json::from_value(error).map_err(|err| protocol(format!("error: {err}")))?;
+                return Err(CtlError::Refused(Box::new(refusal)).into());
+            }
+            if answered != id {
+                return Err(protocol(format!("it answers call {answered} instead of {id}")));
+            }
+            return object.remove("result").ok_or_else(|| protocol("neither result nor error".to_owned()));
+        }
+    }
+
+    /// Keeps a notification for [`Self::next_event`]; those that are no events are none of our business.
+    fn keep_event(&mut self, mut object: Map<String, Value>) -> Result<()> {
+        if object.get("method").and_then(Value::as_str) == Some(method::EVENT) {
+            match object.remove("params") {
+                Some(params) => self.events.push_back(params),
+                None => return Err(CtlError::Protocol("an event without params".to_owned())),
+            }
+        }
+        Ok(())
+    }
+
+    fn receive_object(
+        &mut self,
+        deadline: Option<Instant>,
+    ) -> std::result::Result<Map<String, Value>, Interrupted> {
+        let line = self.receive_line(deadline)?;
+        match serde_json::from_slice(&line) {
+            Ok(Value::Object(object)) => Ok(object),
+            Ok(_) | Err(_) => {
+                let mut shown: String = String::from_utf8_lossy(&line).chars().take(60).collect();
+                if shown.len() < line.len() {
+                    shown.push('…');
+                }
+                Err(protocol(format!("no JSON object: {shown:?}")))
+            }
+        }
+    }
+
+    fn receive_line(&mut self, deadline: Option<Instant>) -> std::result::Result<Vec<u8>, Interrupted> {
+        loop {
+            if let Some(at) = self.received[self.searched..].iter().position(|&byte| byte == b'\n') {
+                let end = self.searched + at + 1;
+                if end > MAX_LINE {
+                    return Err(too_long());
+                }
+                let rest = self.received.split_off(end);
+                let mut line = std::mem::replace(&mut self.received, rest);
+                self.searched = 0;
+                line.pop();
+                return Ok(line);
+            }
+            self.searched = self.received.len();
+            if self.received.len() >= MAX_LINE {
+                return Err(too_long());
+            }
+            let wait = remaining(deadline)?;
+            self.stream.set_read_timeout(wait).map_err(|err| self.lost(&err.to_string()))?;
+            let mut chunk = [0; 16 << 10];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Err(self.lost("it closed the connection")),
+                Ok(count) => self.received.extend_from_slice(&chunk[..count]),
+                Err(err) => match err.kind() {
+                    ErrorKind::Interrupted => {}
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut => return Err(Interrupted::TimedOut),
+                    _ => return Err(self.lost(&err.to_string())),
+                },
+            }
+        }
+    }
+
+    fn lost(&self, reason: &str) -> Interrupted {
+        CtlError::Unreachable { path: self.path.clone(), reason: reason.to_owned(), hint: HINT_ENDED }.into()
+    }
+}
+
+/// Why a call ended without an answer; the caller knows what it waited for.
+#[derive(Debug)]
+enum Interrupted {
+    TimedOut,
+    Error(CtlError),
+}
+
+impl From<CtlError> for Interrupted {
+    fn from(err: CtlError) -> Self {
+        Self::Error(err)
+    }
+}
+
+fn protocol(message: String) -> Interrupted {
+    CtlError::Protocol(message).into()
+}
+
+fn too_long() -> Interrupted {
+    protocol(format!("a line longer than {MAX_LINE} bytes"))
+}
+
+/// `None` for a limit beyond what the clock can count to: that is none.
+fn deadline_in(limit: Duration) -> Option<Instant> {
+    Instant::now().checked_add(limit)
+}
+
+/// Time until `deadline`, never zero, as the socket options want it.
+fn remaining(deadline: Option<Instant>) -> std::result::Result<Option<Duration>, Interrupted> {
+    let Some(deadline) = deadline else { return Ok(None) };
+    match deadline.saturating_duration_since(Instant::now()) {
+        Duration::ZERO => Err(Interrupted::TimedOut),
+        left => Ok(Some(left)),
+    }
+}
+
+/// Connecting blocks without limit while the daemon's queue of connections is full, and the standard library
+/// offers no limit for Unix sockets: a thread takes the blocking.
+fn connect_within(path: &Path, limit: Duration) -> Result<UnixStream> {
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let target = path.to_owned();
+    thread::spawn(move || sender.send(UnixStream::connect(target)));
+    match receiver.recv_timeout(limit) {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(err)) => Err(CtlError::of_connect(path, &err)),
+        Err(_) => Err(CtlError::TimedOut {
+            message: format!("{} takes no connection", path.display()),
+            hint: "the daemon is stuck or has too many clients".to_owned(),
+        }),
+    }
+}

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `events`: what has happened, and with `--follow` what happens.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::Value;
+use vssd_protocol::control::{Event, SubscribeParams, Subscribed, method};
+
+use super::Session;
+use crate::client::Answer;
+use crate::error::{CtlError, Result};
+use crate::output::{NOTHING, Output};
+
+/// How long the daemon may take between two of the events it has kept.
+const BACKLOG_GAP: Duration = Duration::from_secs(10);
+/// Says that the daemon dropped events because the reader was slow; it has no place in their order.
+const LOST: &str = "events.lost";
+
+pub(super) fn run(session: &Session, follow: bool, since: Option<u64>, types: &[String]) -> Result<()> {
+    let mut client = session.connect()?;
+    // Without --follow the newest event ends the output, so it must come whatever its type is: then the
+    // choice is made here.
+    let params = SubscribeParams {
+        filter: if follow { types.to_owned() } else { Vec::new() },
+        since_seq: since.or((!follow).then_some(0)),
+    };
+    let answer: Answer<Subscribed> = client.call(method::EVENTS_SUBSCRIBE, &params)?;
+    let newest = answer.typed.seq;
+    if !follow && newest <= since.unwrap_or(0) {
+        return Ok(());
+    }
+    let out = &session.out;
+    while !out.is_closed() {
+        let deadline = if follow { None } else { std::time::Instant::now().checked_add(BACKLOG_GAP) };
+        let Some(raw) = client.next_event(deadline)? else {
+            return Err(CtlError::TimedOut {
+                message: format!("the daemon announced events up to {newest} and did not send them"),
+                hint: "`balloon-ctl events --follow` goes on with new ones".to_owned(),
+            });
+        };
+        let event = Event::deserialize(&raw).map_err(|err| CtlError::Protocol(format!("event: {err}")))?;
+        let is_wanted =
+            types.is_empty() || types.iter().any(|prefix| event.event.starts_with(prefix.as_str()));
+        if is_wanted || event.event == LOST {
+            if out.json {
+                out.value(&raw)?;
+            } else {
+                out.line(&line(out, &event))?;
+            }
+        }
+        if !follow && event.event != LOST && event.seq >= newest {
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// Streams have no table: the columns are as wide as what usually stands in them.
+fn line(out: &Output, event: &Event) -> String {
+    let device = event.device.as_deref().unwrap_or(NOTHING);
+    let job = event.job.map_or_else(|| NOTHING.to_owned(), |id| format!("job {id}"));
+    let text = format!(
+        "{}  {:>6}  {:<20}  {device:<12}  {job:<8}  {}",
+        event.time,
+        event.seq,
+        event.event,
+        details(out, &event.data)
+    );
+    text.trim_end().to_owned()
+}
+
+/// `reason=guest-busy freeable=7 GiB`: the members of the event's data, sizes as sizes.
+fn details(out: &Output, data: &Value) -> String {
+    match data {
+        Value::Null => String::new(),
+        Value::Object(members) => {
+            let texts: Vec<String> = members
+                .iter()
+                .map(|(key, value)| match (key.strip_suffix("_bytes"), value.as_u64(), value) {
+                    (Some(key), Some(bytes), _) if !out.exact => format!("{key}={}", out.size(bytes)),
+                    (_, _, Value::String(text)) => format!("{key}={text}"),
+                    _ => format!("{key}={value}"),
+                })
+                .collect();
+            texts.join(", ")
+        }
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn details_show_sizes_as_sizes_unless_exact() {
+        let data = json!({"freeable_bytes": 7516192768u64, "reason": "guest-busy", "uid": 0});
+        let human = Output::new(false, false, true, false);
+        assert_eq!(details(&human, &data), "freeable=7 GiB, reason=guest-busy, uid=0");
+        let exact = Output::new(false, true, true, false);
+        assert_eq!(details(&exact, &data), "freeable_bytes=7516192768, reason=guest-busy, uid=0");
+        assert_eq!(details(&human, &Value::Null), "");
+        assert_eq!(details(&human, &json!([1])), "[1]");
+    }
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `pool status` asks the daemon; `pool create` and `pool check` work on media that no daemon has open, and
+//! hand over to the program that knows their layout.
+
+use std::env;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::json;
+use vssd_protocol::control::{PoolStatus, method};
+
+use super::Session;
+use crate::args::PoolCommand;
+use crate::client::Answer;
+use crate::error::{CtlError, Result};
+
+const BACKEND: &str = "vssd-backend";
+
+pub(super) fn status(session: &Session) -> Result<()> {
+    let answer: Answer<PoolStatus> = session.connect()?.call(method::POOL_STATUS, &json!({}))?;
+    let out = &session.out;
+    if out.json {
+        return out.object([("pool", answer.raw)]);
+    }
+    let pool = answer.typed;
+    let kinds: Vec<&str> = pool.media.iter().map(|medium| medium.kind.as_str()).collect();
+    out.table(
+        [
+            "POOL",
+            "MEDIA",
+            "SIZE",
+            "ALLOCATED",
+            "PROMISED",
+            "AVAILABLE",
+            "FREE",
+            "SCRUBBING",
+            "OVERCOMMIT",
+            "VSSDS",
+            "HEALTH",
+        ],
+        [[
+            pool.name.clone(),
+            kinds.join("+"),
+            out.size(pool.size_bytes),
+            out.size(pool.allocated_bytes),
+            out.size(pool.promised_bytes),
+            out.size(pool.available_bytes),
+            out.size(pool.free_bytes),
+            out.size(pool.scrubbing_bytes),
+            format!("{} %", pool.overcommit_percent),
+            pool.devices.to_string(),
+            pool.health.clone(),
+        ]],
+    )?;
+    out.line("")?;
+    out.table(
+        ["MEDIUM", "SIZE", "WRITTEN", "PERSISTENCE", "PATH"],
+        pool.media.iter().map(|medium| {
+            [
+                medium.kind.clone(),
+                out.size(medium.size_bytes),
+                out.size(medium.written_bytes),
+                medium.persistence.clone(),
+                medium.path.clone(),
+            ]
+        }),
+    )
+}
+
+/// Becomes `vssd-backend pool …`; returns only when that fails.
+pub(super) fn run_offline(command: PoolCommand) -> Result<()> {
+    let program = find_backend();
+    let source = Command::new(&program).arg("pool").args(offline_args(command)).exec();
+    Err(CtlError::Local { what: format!("cannot run {}", program.display()), source })
+}
+
+fn offline_args(command: PoolCommand) -> Vec<OsString> {
+    let mut args: Vec<OsString> = Vec::new();
+    match command {
+        PoolCommand::Create { nvram, ssd, block_size, name, overcommit, force } => {
+            args.push("create".into());
+            for (option, value) in [
+                ("--nvram", nvram),
+                ("--ssd", ssd),
+                ("--block-size", block_size),
+                ("--name", name),
+                ("--overcommit", overcommit),
+            ] {
+                if let Some(value) = value {
+                    args.extend([option.into(), value]);
+                }
+            }
+            if force {
+                args.push("--force".into());
+            }
+        }
+        PoolCommand::Check { files } => {
+            args.push("check".into());
+            args.extend(files);
+        }
+        PoolCommand::Status => args.push("status".into()),
+    }
+    args
+}
+
+/// Beside this program, as both are built and installed together; otherwise wherever PATH has it.
+fn find_backend() -> PathBuf {
+    let sibling = env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(BACKEND)));
+    sibling.filter(|path| path.is_file()).unwrap_or_else(|| Path::new(BACKEND).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_of_offline_commands_pass_unchanged() {
+        let create = PoolCommand::Create {
+            nvram: Some("/dev/shm/nv:64M".into()),
+            ssd: None,
+            block_size: Some("64K".into()),
+            name: None,
+            overcommit: Some("150".into()),
+            force: true,
+        };
+        assert_eq!(
+            offline_args(create),
+            ["create", "--nvram", "/dev/shm/nv:64M", "--block-size", "64K", "--overcommit", "150", "--force"]
+        );
+        assert_eq!(
+            offline_args(PoolCommand::Check { files: vec!["a b".into(), "c".into()] }),
+            ["check", "a b", "c"]
+        );
+    }
+}

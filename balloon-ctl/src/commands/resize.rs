@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! `resize`, `grow` and `shrink`: agree on a size with the daemon, then follow the job.
+//!
+//! A relative size is a read followed by a write. The write carries what was read (compare-and-set), so that
+//! of two operators who say `+2G` at once one is told instead of both getting what neither asked for.
+
+use serde_json::{Value, json};
+use vssd_protocol::control::{DeviceInfo, ErrorCode, ResizeAnswer, ResizeParams, method};
+
+use super::{Session, device, job, require_terminal};
+use crate::args::ResizeArgs;
+use crate::client::Answer;
+use crate::error::{CtlError, Refusal, Result};
+use crate::size::SizeChange;
+
+pub(super) fn run(session: &Session, name: String, change: SizeChange, options: &ResizeArgs) -> Result<()> {
+    let asks = options.force && !options.yes && !options.dry_run && !matches!(change, SizeChange::GrowBy(_));
+    if asks {
+        require_terminal("--force")?;
+    }
+    let mut client = session.connect()?;
+    let now = match change {
+        SizeChange::To(_) if !asks => None,
+        _ => Some(device::fetch(&mut client, name.clone())?.typed),
+    };
+    let (size_bytes, expected_bytes) = resolve(session, change, now.as_ref())?;
+    if let Some(device) = now.filter(|device| asks && size_bytes < device.plugged_bytes) {
+        let out = &session.out;
+        session.confirm(&format!(
+            "take {} from {name} without asking its guest? Data in those blocks is lost",
+            out.size(device.plugged_bytes - size_bytes)
+        ))?;
+    }
+    let params = ResizeParams {
+        name,
+        size_bytes,
+        expected_bytes,
+        deadline_ms: options.deadline.map(|time| time.0),
+        on_timeout: options.on_timeout,
+        force: options.force,
+        dry_run: options.dry_run,
+    };
+    let answer: Answer<ResizeAnswer> = client.call(method::DEVICE_RESIZE, &params)?;
+    let ResizeAnswer { job, from_bytes, to_bytes, plan } = answer.typed;
+    let out = &session.out;
+    let summary = format!("{}: {} -> {}", params.name, out.size(from_bytes), out.size(to_bytes));
+    let Some(accepted) = job else {
+        if out.json {
+            return out.object([("resize", answer.raw), ("dry_run", options.dry_run.into())]);
+        }
+        let mode = if options.dry_run { " (dry run)" } else { "" };
+        return out.done(&format!("{summary}{mode}: {plan}"));
+    };
+    if options.no_wait {
+        if out.json {
+            return out.object([("resize", answer.raw), ("dry_run", false.into())]);
+        }
+        return out.done(&format!("{summary}: job {}", accepted.id));
+    }
+    out.note(&format!("job {}: {plan}", accepted.id));
+    let first = Answer { raw: answer.raw.get("job").cloned().unwrap_or(Value::Null), typed: accepted };
+    let last = job::follow(session, &mut client, first)?;
+    if out.json {
+        let mut resize = answer.raw;
+        resize["job"] = last.raw;
+        out.object([("resize", resize), ("dry_run", json!(false))])?;
+    }
+    job::verdict(session, last.typed)
+}
+
+/// The size to ask for, and the requested size that it was reckoned from.
+fn resolve(session: &Session, change: SizeChange, now: Option<&DeviceInfo>) -> Result<(u64, Option<u64>)> {
+    let device = match (change, now) {
+        (SizeChange::To(bytes), _) => return Ok((bytes, None)),
+        (_, Some(device)) => device,
+        // `run` looks the vSSD up for every change that is not absolute.
+        (_, None) => return Err(CtlError::usage("a change needs something to change")),
+    };
+    let base = device.requested_bytes;
+    let out = &session.out;
+    match change {
+        SizeChange::To(bytes) => Ok((bytes, None)),
+        SizeChange::ToMin => Ok((device.min_bytes, None)),
+        SizeChange::ToMax => Ok((device.max_bytes, None)),
+        SizeChange::GrowBy(by) => base.checked_add(by).map(|size| (size, Some(base))).ok_or_else(|| {
+            let (max, by) = (out.size(device.max_bytes), out.size(by));
+            refused(ErrorCode::AboveMax, format!("{} cannot grow by {by}: its maximum is {max}", device.name))
+        }),
+        SizeChange::ShrinkBy(by) => base.checked_sub(by).map(|size| (size, Some(base))).ok_or_else(|| {
+            let (min, base, by) = (out.size(device.min_bytes), out.size(base), out.size(by));
+            let message = format!("{} cannot give back {by} of {base}: its minimum is {min}", device.name);
+            refused(ErrorCode::BelowMin, message)
+        }),
+    }
+}
+
+/// The daemon would refuse it too, but no number says how far out of bounds it is.
+fn refused(code: ErrorCode, message: String) -> CtlError {
+    CtlError::Refused(Box::new(Refusal::new(code, message)))
+}

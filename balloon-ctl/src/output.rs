@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! How results look: tables and lines for people, JSON for programs. Data goes to standard output; what is
+//! only said along the way goes to standard error. Knows no command.
+
+use std::cell::Cell;
+use std::env;
+use std::io::{self, ErrorKind, IsTerminal, Write};
+
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use vssd_protocol::control::SCHEMA;
+use vssd_protocol::units::ByteCount;
+
+use crate::error::{CtlError, Result};
+
+/// What stands where there is nothing to say.
+pub(crate) const NOTHING: &str = "-";
+
+#[derive(Debug)]
+pub(crate) struct Output {
+    pub(crate) json: bool,
+    pub(crate) exact: bool,
+    pub(crate) headers: bool,
+    pub(crate) quiet: bool,
+    /// Nobody reads standard output any more (`balloon-ctl events | head -1`): end without a word.
+    closed: Cell<bool>,
+}
+
+impl Output {
+    pub(crate) fn new(json: bool, exact: bool, headers: bool, quiet: bool) -> Self {
+        Self { json, exact, headers, quiet, closed: Cell::new(false) }
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.get()
+    }
+
+    /// A size for people, or in exact bytes where asked for.
+    pub(crate) fn size(&self, bytes: u64) -> String {
+        if self.exact { bytes.to_string() } else { ByteCount(bytes).to_string() }
+    }
+
+    /// One line of data.
+    pub(crate) fn line(&self, text: &str) -> Result<()> {
+        self.write(&printable(text))
+    }
+
+    /// Something done: only said to people who want to hear it.
+    pub(crate) fn done(&self, text: &str) -> Result<()> {
+        if self.quiet { Ok(()) } else { self.line(text) }
+    }
+
+    /// Said along the way, on standard error.
+    pub(crate) fn note(&self, text: &str) {
+        if !self.quiet && !self.json {
+            eprint_line(&printable(text));
+        }
+    }
+
+    /// The one object that `--json` prints: `{"schema":"vssd.v1", …}`.
+    pub(crate) fn object<const N: usize>(&self, members: [(&str, Value); N]) -> Result<()> {
+        self.write(&envelope(members))
+    }
+
+    /// One JSON value on a line of its own.
+    pub(crate) fn value(&self, value: &Value) -> Result<()> {
+        self.write(&value.to_string())
+    }
+
+    /// Text that ends its own lines and needs no cleaning: a script or a snippet made here.
+    pub(crate) fn text(&self, text: &str) -> Result<()> {
+        self.write(text.trim_end_matches('\n'))
+    }
+
+    pub(crate) fn table<const N: usize>(
+        &self,
+        headers: [&str; N],
+        rows: impl IntoIterator<Item = [String; N]>,
+    ) -> Result<()> {
+        let mut table = bare_table();
+        if self.headers {
+            table.set_header(headers);
+        }
+        for row in rows {
+            table.add_row(row.map(|cell| printable(&cell)));
+        }
+        self.render(&mut table)
+    }
+
+    /// Two columns: what, and its value. Has no headers.
+    pub(crate) fn pairs(&self, pairs: impl IntoIterator<Item = (&'static str, String)>) -> Result<()> {
+        let mut table = bare_table();
+        for (key, value) in pairs {
+            table.add_row([key, &printable(&value)]);
+        }
+        self.render(&mut table)
+    }
+
+    fn render(&self, table: &mut Table) -> Result<()> {
+        // A table without rows and headers is nothing, not an empty line.
+        if table.is_empty() && table.header().is_none() {
+            return Ok(());
+        }
+        for column in table.column_iter_mut() {
+            column.set_padding((0, 2));
+        }
+        self.write(&table.trim_fmt())
+    }
+
+    fn write(&self, text: &str) -> Result<()> {
+        if self.closed.get() {
+            return Ok(());
+        }
+        let mut stdout = io::stdout().lock();
+        match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+            Ok(()) => Ok(()),
+            Err(err) if err.kind() == ErrorKind::BrokenPipe => {
+                self.closed.set(true);
+                Ok(())
+            }
+            Err(source) => Err(CtlError::Local { what: "standard output".to_owned(), source }),
+        }
+    }
+}
+
+/// The object that `--json` prints, schema first.
+pub(crate) fn envelope<const N: usize>(members: [(&str, Value); N]) -> String {
+    #[derive(Serialize)]
+    struct Envelope {
+        schema: &'static str,
+        #[serde(flatten)]
+        members: Map<String, Value>,
+    }
+    let members = members.map(|(key, value)| (key.to_owned(), value)).into_iter().collect();
+    // Serialising a map of values to a string has no way to fail.
+    serde_json::to_string(&Envelope { schema: SCHEMA, members }).unwrap_or_default()
+}
+
+fn bare_table() -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table
+}
+
+/// Prints an error for people: coloured on a terminal.
+pub(crate) fn print_error(code: &str, message: &str, hint: Option<&str>) {
+    let [red, cyan, plain] =
+        if has_colour(&io::stderr()) { ["\x1b[1;31m", "\x1b[36m", "\x1b[0m"] } else { [""; 3] };
+    eprint_line(&format!("{red}error[{}]{plain}: {}", printable(code), printable(message)));
+    if let Some(hint) = hint {
+        eprint_line(&format!("{cyan}hint{plain}: {}", printable(hint)));
+    }
+}
+
+/// Standard error may be gone too; there is nobody left to tell then.
+pub(crate) fn eprint_line(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// Colour is for terminals that can show it, and for people who have not said no (no-color.org).
+pub(crate) fn has_colour(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal()
+        && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        && env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// Without control characters and marks of writing direction: a guest chooses the name of its driver, and must not command the
+/// terminal of the operator who lists it.
+pub(crate) fn printable(text: &str) -> String {
+    let is_harmful =
+        |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars().map(|c| if is_harmful(c) { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_do_not_reach_the_terminal() {
+        assert_eq!(
+            printable("a\x1b[2Jb\r\nc\u{9b}d é\u{202e}"),
+            "a\u{fffd}[2Jb\u{fffd}\u{fffd}c\u{fffd}d é\u{fffd}"
+        );
+    }
+
+    #[test]
+    fn sizes_are_human_or_exact() {
+        assert_eq!(Output::new(false, false, true, false).size(20 << 30), "20 GiB");
+        assert_eq!(Output::new(false, true, true, false).size(20 << 30), "21474836480");
+    }
+}

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Sizes and times as an operator writes them: `20G`, `+2G`, `-2G`, `min`, `max`; `90`, `500ms`, `5m`.
+//!
+//! Pure: knows neither command lines nor devices. Plain sizes are
+//! [`ByteCount`](vssd_protocol::units::ByteCount)'s business.
+
+use std::fmt;
+use std::str::FromStr;
+
+use vssd_protocol::units::{ByteCount, ParseByteCountError};
+
+/// What `resize NAME SIZE` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SizeChange {
+    To(u64),
+    GrowBy(u64),
+    ShrinkBy(u64),
+    /// To the vSSD's minimum.
+    ToMin,
+    /// To the vSSD's maximum.
+    ToMax,
+}
+
+impl FromStr for SizeChange {
+    type Err = ParseByteCountError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bytes = |text: &str| text.parse::<ByteCount>().map(|count| count.0);
+        match text {
+            "min" => Ok(Self::ToMin),
+            "max" => Ok(Self::ToMax),
+            _ => match text.split_at_checked(1) {
+                Some(("+", amount)) => bytes(amount).map(Self::GrowBy),
+                Some(("-", amount)) => bytes(amount).map(Self::ShrinkBy),
+                _ => bytes(text).map(Self::To),
+            },
+        }
+    }
+}
+
+/// Why a text is no amount to grow or shrink by.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum AmountError {
+    #[error(transparent)]
+    Size(#[from] ParseByteCountError),
+    #[error("{text} has the wrong sign: use `balloon-ctl {instead}`")]
+    WrongSign { text: String, instead: &'static str },
+    #[error("{text} is not an amount: write how much to add or to give back (2G)")]
+    NotAnAmount { text: String },
+    #[error("nothing to do: the amount is zero")]
+    Zero,
+}
+
+/// What to grow by: `2G` or `+2G`.
+pub(crate) fn grow_amount(text: &str) -> Result<SizeChange, AmountError> {
+    match text.parse()? {
+        SizeChange::To(0) | SizeChange::GrowBy(0) => Err(AmountError::Zero),
+        SizeChange::To(bytes) | SizeChange::GrowBy(bytes) => Ok(SizeChange::GrowBy(bytes)),
+        SizeChange::ShrinkBy(_) => Err(AmountError::WrongSign { text: text.to_owned(), instead: "shrink" }),
+        SizeChange::ToMin | SizeChange::ToMax => Err(AmountError::NotAnAmount { text: text.to_owned() }),
+    }
+}
+
+/// What to shrink by: `2G` or `-2G`.
+pub(crate) fn shrink_amount(text: &str) -> Result<SizeChange, AmountError> {
+    match text.parse()? {
+        SizeChange::To(0) | SizeChange::ShrinkBy(0) => Err(AmountError::Zero),
+        SizeChange::To(bytes) | SizeChange::ShrinkBy(bytes) => Ok(SizeChange::ShrinkBy(bytes)),
+        SizeChange::GrowBy(_) => Err(AmountError::WrongSign { text: text.to_owned(), instead: "grow" }),
+        SizeChange::ToMin | SizeChange::ToMax => Err(AmountError::NotAnAmount { text: text.to_owned() }),
+    }
+}
+
+/// A time in milliseconds, as people read and write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Millis(pub(crate) u64);
+
+/// Why a text is no time.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a time: write whole seconds or a number with ms, s, m, h (90, 500ms, 5m)")]
+pub(crate) struct ParseMillisError {
+    text: String,
+}
+
+impl FromStr for Millis {
+    type Err = ParseMillisError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let scale = match unit {
+            "ms" => Some(1),
+            "" | "s" => Some(1000),
+            "m" => Some(60_000),
+            "h" => Some(3_600_000),
+            _ => None,
+        };
+        scale
+            .zip(number.parse::<u64>().ok())
+            .and_then(|(scale, number)| number.checked_mul(scale))
+            .map(Self)
+            .ok_or_else(|| ParseMillisError { text: text.to_owned() })
+    }
+}
+
+impl fmt::Display for Millis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ms = self.0;
+        let seconds = ms / 1000;
+        match ms {
+            0 => write!(f, "0 s"),
+            1..1000 => write!(f, "{ms} ms"),
+            1000..10_000 if !ms.is_multiple_of(1000) => write!(f, "{seconds}.{} s", ms % 1000 / 100),
+            1000..120_000 => write!(f, "{seconds} s"),
+            120_000..7_200_000 => write!(f, "{} min {} s", seconds / 60, seconds % 60),
+            _ => write!(f, "{} h {} min", seconds / 3600, seconds / 60 % 60),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn resize_takes_absolute_relative_and_named_sizes() {
+        for (text, change) in [
+            ("20G", SizeChange::To(20 * GIB)),
+            ("+2G", SizeChange::GrowBy(2 * GIB)),
+            ("-1.5GiB", SizeChange::ShrinkBy(3 * GIB / 2)),
+            ("min", SizeChange::ToMin),
+            ("max", SizeChange::ToMax),
+        ] {
+            assert_eq!(text.parse(), Ok(change), "{text}");
+        }
+        for text in ["", "+", "-", "--2G", "+-2G", "-min", "MAX", "2X", "é"] {
+            assert!(text.parse::<SizeChange>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn grow_and_shrink_take_their_own_sign_or_none() {
+        assert_eq!(grow_amount("2G"), Ok(SizeChange::GrowBy(2 * GIB)));
+        assert_eq!(grow_amount("+2G"), Ok(SizeChange::GrowBy(2 * GIB)));
+        assert_eq!(shrink_amount("2G"), Ok(SizeChange::ShrinkBy(2 * GIB)));
+        assert_eq!(shrink_amount("-2G"), Ok(SizeChange::ShrinkBy(2 * GIB)));
+        assert_eq!(
+            grow_amount("-2G").unwrap_err().to_string(),
+            "-2G has the wrong sign: use `balloon-ctl shrink`"
+        );
+        assert_eq!(
+            shrink_amount("+2G").unwrap_err().to_string(),
+            "+2G has the wrong sign: use `balloon-ctl grow`"
+        );
+        for text in ["0", "+0", "max", "min"] {
+            assert!(grow_amount(text).is_err(), "{text}");
+        }
+        for text in ["0", "-0", "max", "min"] {
+            assert!(shrink_amount(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_are_read_in_four_units() {
+        for (text, ms) in
+            [("0", 0), ("90", 90_000), ("90s", 90_000), ("500ms", 500), ("5m", 300_000), ("2h", 7_200_000)]
+        {
+            assert_eq!(text.parse(), Ok(Millis(ms)), "{text}");
+        }
+        for text in ["", "s", "-1", "1.5s", "5 m", "5min", "18446744073709551615", "99999999999999999999"] {
+            assert!(text.parse::<Millis>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn times_are_shown_in_the_unit_that_fits() {
+        for (ms, text) in [
+            (0, "0 s"),
+            (999, "999 ms"),
+            (1000, "1 s"),
+            (1250, "1.2 s"),
+            (31_400, "31 s"),
+            (60_000, "60 s"),
+            (125_000, "2 min 5 s"),
+            (7_380_000, "2 h 3 min"),
+        ] {
+            assert_eq!(Millis(ms).to_string(), text);
+        }
+    }
+}
