@@ -215,3 +215,147 @@ fn read_table_entry(mem: &GuestMemory, addr: u64) -> Option<Descriptor> {
     // SAFETY: `bytes` has 16 bytes.
     Some(unsafe { Descriptor::read(bytes.as_ptr()) })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::super::memory::tests::memory;
+    use super::super::ring::RingSpec;
+    use super::*;
+
+    const SIZE: u16 = 8;
+    const DESC: u64 = 0x1000;
+
+    /// A ring of 8 with its table at 0x1000, in two adjacent regions with a hole behind them.
+    fn ring(table: &[(u64, u32, u16, u16)]) -> Ring {
+        let mem = Arc::new(memory(&[(0, 0x8000), (0x8000, 0x8000)]));
+        put(&mem, DESC, table);
+        let spec =
+            RingSpec { size: SIZE, desc: DESC, avail: 0x2000, used: 0x3000, event_idx: false, next_avail: 0 };
+        Ring::new(spec, mem, None).unwrap()
+    }
+
+    fn put(mem: &GuestMemory, at: u64, table: &[(u64, u32, u16, u16)]) {
+        for (i, (addr, len, flags, next)) in table.iter().enumerate() {
+            let mut bytes = [0u8; 16];
+            bytes[..8].copy_from_slice(&addr.to_le_bytes());
+            bytes[8..12].copy_from_slice(&len.to_le_bytes());
+            bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+            bytes[14..].copy_from_slice(&next.to_le_bytes());
+            for (offset, byte) in bytes.iter().enumerate() {
+                let host = mem.translate_whole(at + (i * 16 + offset) as u64, 1).unwrap();
+                // SAFETY: one mapped byte.
+                unsafe { host.write(*byte) };
+            }
+        }
+    }
+
+    fn walked(ring: &Ring, head: u16) -> Result<(usize, usize, u32, u32), ChainError> {
+        let mut s = Segments::default();
+        walk(ring, head, &mut s)?;
+        Ok((s.readable.len(), s.writable.len(), s.readable_len, s.writable_len))
+    }
+
+    #[test]
+    fn buffer_across_the_seam_of_two_regions_becomes_two_segments() {
+        let ring = ring(&[(0x7f00, 0x200, F_NEXT, 1), (0x100, 1, F_WRITE, 0)]);
+        assert_eq!(walked(&ring, 0), Ok((2, 1, 0x200, 1)));
+    }
+
+    #[test]
+    fn buffer_that_reaches_into_a_hole_is_refused() {
+        let ring = ring(&[(0xff00, 0x200, 0, 0)]);
+        assert!(matches!(walked(&ring, 0), Err(ChainError::Address { .. })));
+    }
+
+    #[test]
+    fn loop_ends_after_as_many_descriptors_as_the_queue_has() {
+        let ring = ring(&[(0, 16, F_NEXT, 1), (0, 16, F_NEXT, 0)]);
+        assert_eq!(walked(&ring, 0), Err(ChainError::TooLong(SIZE)));
+    }
+
+    #[test]
+    fn readable_after_writable_is_refused() {
+        let ring = ring(&[(0, 16, F_NEXT | F_WRITE, 1), (0, 16, 0, 0)]);
+        assert_eq!(walked(&ring, 0), Err(ChainError::Order));
+    }
+
+    #[test]
+    fn index_outside_the_table_is_refused() {
+        let ring = ring(&[(0, 16, F_NEXT, SIZE)]);
+        assert!(matches!(walked(&ring, 0), Err(ChainError::Index { index: SIZE, .. })));
+        assert!(matches!(walked(&ring, SIZE), Err(ChainError::Index { .. })));
+    }
+
+    #[test]
+    fn indirect_table_may_be_unaligned_and_cross_a_seam() {
+        for at in [0x4001, 0x7ff8] {
+            let ring = ring(&[(at, 48, F_INDIRECT, 0)]);
+            put(ring.memory(), at, &[(0, 16, F_NEXT, 1), (0x20, 512, F_NEXT, 2), (0x400, 1, F_WRITE, 0)]);
+            assert_eq!(walked(&ring, 0), Ok((2, 1, 528, 1)), "table at {at:#x}");
+        }
+    }
+
+    #[test]
+    fn indirect_tables_that_lie_are_refused() {
+        for (len, flags, error) in [
+            (0, F_INDIRECT, ChainError::TableLength { len: 0 }),
+            (17, F_INDIRECT, ChainError::TableLength { len: 17 }),
+            (0xffff_fff0, F_INDIRECT, ChainError::TableLength { len: 0xffff_fff0 }),
+            (16, F_INDIRECT | F_NEXT, ChainError::Nested),
+        ] {
+            let ring = ring(&[(0x4000, len, flags, 1)]);
+            assert_eq!(walked(&ring, 0), Err(error));
+        }
+        let nested = ring(&[(0x4000, 32, F_INDIRECT, 0)]);
+        put(nested.memory(), 0x4000, &[(0, 16, F_NEXT, 1), (0x4000, 32, F_INDIRECT, 0)]);
+        assert_eq!(walked(&nested, 0), Err(ChainError::Nested));
+        let outside = ring(&[(0x4000, 32, F_INDIRECT, 0)]);
+        put(outside.memory(), 0x4000, &[(0, 16, F_NEXT, 2)]);
+        assert!(matches!(walked(&outside, 0), Err(ChainError::Index { index: 2, size: 2 })));
+    }
+
+    #[test]
+    fn header_split_over_descriptors_is_put_together_and_the_status_is_the_last_byte() {
+        let ring = ring(&[(0x100, 4, F_NEXT, 1), (0x200, 12, F_NEXT, 2), (0x300, 5, F_WRITE, 0)]);
+        let mut s = Segments::default();
+        walk(&ring, 0, &mut s).unwrap();
+        let mut header = [0; 16];
+        // SAFETY: the segments are mapped by the ring's memory.
+        assert!(unsafe { s.take_readable(&mut header) });
+        assert_eq!((s.readable_len, s.readable.len()), (0, 0));
+        assert_eq!(s.take_status(), ring.memory().translate_whole(0x304, 1));
+        assert_eq!((s.writable_len, s.writable.len()), (4, 1));
+        // SAFETY: as above.
+        assert!(!unsafe { s.take_readable(&mut header) }, "nothing is left");
+    }
+
+    proptest! {
+        /// Whatever the table: walking ends, and every segment lies within guest memory.
+        #[test]
+        fn any_table_is_walked_or_refused(
+            table in prop::collection::vec(
+                (0u64..0x12000, prop_oneof![0u32..2048, any::<u32>()], 0u16..8, 0u16..10), 8),
+            inner in prop::collection::vec((0u64..0x12000, 0u32..2048, 0u16..8, 0u16..10), 8),
+            head in 0u16..10,
+        ) {
+            let ring = ring(&table);
+            put(ring.memory(), 0x4000, &inner);
+            let mut s = Segments::default();
+            if walk(&ring, head, &mut s).is_ok() {
+                let total: usize = s.readable.iter().chain(&s.writable).map(|v| v.iov_len).sum();
+                prop_assert_eq!(total as u64, u64::from(s.readable_len) + u64::from(s.writable_len));
+                let low = ring.memory().translate_whole(0, 1).unwrap() as usize;
+                let high = ring.memory().translate_whole(0x8000, 1).unwrap() as usize;
+                for v in s.readable.iter().chain(&s.writable) {
+                    let at = v.iov_base as usize;
+                    let inside = |base: usize| at >= base && at + v.iov_len <= base + 0x8000;
+                    prop_assert!(inside(low) || inside(high));
+                }
+            }
+        }
+    }
+}

@@ -292,3 +292,145 @@ impl Ring {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::inflight::InflightRegion;
+    use super::super::memory::tests::memory;
+    use super::*;
+
+    const SIZE: u16 = 4;
+    const AVAIL: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+
+    fn spec(event_idx: bool) -> RingSpec {
+        RingSpec { size: SIZE, desc: 0x1000, avail: AVAIL, used: USED, event_idx, next_avail: 0 }
+    }
+
+    fn ring(event_idx: bool) -> Ring {
+        Ring::new(spec(event_idx), Arc::new(memory(&[(0, 0x8000)])), None).unwrap()
+    }
+
+    /// A driver's or a test's own view of a 16-bit field.
+    fn field(ring: &Ring, addr: u64) -> &AtomicU16 {
+        // SAFETY: mapped and aligned; other accesses are atomic or volatile.
+        unsafe { AtomicU16::from_ptr(ring.memory().translate_whole(addr, 2).unwrap().cast()) }
+    }
+
+    fn offer(ring: &Ring, heads: &[u16]) {
+        let idx = field(ring, AVAIL + 2).load(Ordering::Relaxed);
+        for (i, head) in heads.iter().enumerate() {
+            let slot = u64::from(idx.wrapping_add(i as u16) & (SIZE - 1));
+            field(ring, AVAIL + 4 + 2 * slot).store(*head, Ordering::Relaxed);
+        }
+        field(ring, AVAIL + 2).store(idx.wrapping_add(heads.len() as u16), Ordering::Release);
+    }
+
+    #[test]
+    fn used_entries_become_visible_all_at_once() {
+        let mut ring = ring(false);
+        offer(&ring, &[2, 0, 3]);
+        assert_eq!(ring.available(), Ok(3));
+        assert_eq!([ring.pop(), ring.pop(), ring.pop()], [2, 0, 3]);
+        assert_eq!(ring.available(), Ok(0));
+        ring.push_used(0, 7);
+        ring.push_used(2, 9);
+        assert_eq!(field(&ring, USED + 2).load(Ordering::Relaxed), 0);
+        ring.publish();
+        assert_eq!(field(&ring, USED + 2).load(Ordering::Relaxed), 2);
+        assert_eq!(field(&ring, USED + 4).load(Ordering::Relaxed), 0, "id of the first");
+        assert_eq!(field(&ring, USED + 8).load(Ordering::Relaxed), 7, "length of the first");
+        assert_eq!(field(&ring, USED + 12).load(Ordering::Relaxed), 2, "id of the second");
+    }
+
+    #[test]
+    fn indices_wrap_around_65535() {
+        let mem = Arc::new(memory(&[(0, 0x8000)]));
+        let start = RingSpec { next_avail: 65534, ..spec(false) };
+        let first = Ring::new(start, Arc::clone(&mem), None).unwrap();
+        field(&first, AVAIL + 2).store(65534, Ordering::Relaxed);
+        field(&first, USED + 2).store(65534, Ordering::Relaxed);
+        let mut ring = Ring::new(start, mem, None).unwrap();
+        offer(&ring, &[1, 2, 3]);
+        assert_eq!(ring.available(), Ok(3));
+        assert_eq!([ring.pop(), ring.pop(), ring.pop()], [1, 2, 3]);
+        (1..4).for_each(|head| ring.push_used(head, 1));
+        ring.publish();
+        assert_eq!(field(&ring, USED + 2).load(Ordering::Relaxed), 1);
+        assert_eq!(ring.next_avail(), 1);
+    }
+
+    #[test]
+    fn avail_index_too_far_ahead_is_an_error() {
+        let ring = ring(false);
+        field(&ring, AVAIL + 2).store(SIZE + 1, Ordering::Relaxed);
+        assert_eq!(ring.available(), Err(RingError::AvailIndex { avail: 5, next: 0, size: 4 }));
+    }
+
+    #[test]
+    fn without_event_idx_the_driver_is_signalled_unless_it_asked_for_silence() {
+        let mut ring = ring(false);
+        assert!(!ring.needs_signal(), "nothing was used");
+        for (flags, wanted) in [(0, true), (AVAIL_F_NO_INTERRUPT, false), (0, true)] {
+            field(&ring, AVAIL).store(flags, Ordering::Relaxed);
+            ring.push_used(0, 1);
+            ring.publish();
+            assert_eq!(ring.needs_signal(), wanted);
+        }
+    }
+
+    #[test]
+    fn with_event_idx_the_driver_is_signalled_when_its_event_index_is_passed() {
+        let mut ring = ring(true);
+        let used_event = AVAIL + 4 + 2 * u64::from(SIZE);
+        for (event, wanted) in [(0u16, true), (0, false), (5, false), (3, true)] {
+            field(&ring, used_event).store(event, Ordering::Relaxed);
+            ring.push_used(0, 1);
+            ring.publish();
+            assert_eq!(ring.needs_signal(), wanted, "event {event}, used {}", ring.next_used());
+        }
+    }
+
+    #[test]
+    fn a_chain_that_arrives_while_kicks_are_enabled_is_not_lost() {
+        let mut ring = ring(true);
+        assert!(!ring.enable_kick());
+        offer(&ring, &[1]);
+        assert!(ring.enable_kick());
+        ring.pop();
+        assert!(!ring.enable_kick());
+        let avail_event = USED + 4 + 8 * u64::from(SIZE);
+        assert_eq!(field(&ring, avail_event).load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn rings_outside_memory_or_misaligned_are_refused() {
+        let mem = || Arc::new(memory(&[(0, 0x3020), (0x8000, 0x1000)]));
+        for bad in [
+            RingSpec { size: 3, ..spec(false) },
+            RingSpec { size: 0, ..spec(false) },
+            RingSpec { desc: 0x1008, ..spec(false) },
+            RingSpec { used: 0x3002, ..spec(false) },
+            RingSpec { used: USED, ..spec(false) },
+            RingSpec { avail: u64::MAX - 1, ..spec(false) },
+        ] {
+            assert!(Ring::new(bad, mem(), None).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_popped_and_not_published_is_in_flight_after_a_crash() {
+        let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
+        let mem = Arc::new(memory(&[(0, 0x8000)]));
+        let mut ring = Ring::new(spec(false), Arc::clone(&mem), region.queue(0, SIZE)).unwrap();
+        offer(&ring, &[3, 1, 0]);
+        (0..3).for_each(|_| drop(ring.pop()));
+        ring.push_used(1, 1);
+        ring.publish();
+        ring.push_used(0, 1);
+        drop(ring);
+        let mut next = Ring::new(spec(false), mem, region.queue(0, SIZE)).unwrap();
+        let used = next.next_used();
+        assert_eq!(next.inflight_mut().unwrap().recover(used), [3, 0]);
+    }
+}
