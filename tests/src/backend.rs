@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::paths;
-use crate::process::{Daemon, tail};
+use crate::process::{self, Daemon, tail};
 use crate::qemu::listening;
 use crate::wait::Deadline;
 
@@ -31,7 +31,7 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// `vssd-backend` with `args`, not yet started; its log goes to `log`, appended at each start.
+    /// `vssd-backend` with `args`, not started; its log goes to `log`, appended at each start.
     pub fn vssd<S: Into<String>>(args: impl IntoIterator<Item = S>, log: &Path) -> Result<Self> {
         Ok(Self::new(
             "vssd-backend",
@@ -41,33 +41,26 @@ impl Backend {
         ))
     }
 
-    /// `vssd-backend` serving the one vSSD in `file` on `socket`: the form a newcomer uses. Started.
+    /// `vssd-backend` serving the one vSSD in `file` on `socket`, the form a newcomer uses. The file is made at the
+    /// first start, with `size`.
     pub fn single(socket: &Path, file: &Path, size: &str, log: &Path) -> Result<Self> {
         let args = [
             format!("--socket-path={}", socket.display()),
             format!("--blk-file={}", file.display()),
             format!("--size={size}"),
         ];
-        let mut backend = Self::vssd(args, log)?.expect_socket(socket);
-        backend.start()?;
-        Ok(backend)
+        Ok(Self::vssd(args, log)?.expect_socket(socket))
     }
 
-    /// `vssd-backend` serving a pool, with its sockets in `runtime`. Started.
-    pub fn pool(pool: &Path, runtime: &Path, log: &Path) -> Result<Self> {
+    /// `vssd-backend` serving the pool on `media`, with its sockets in `runtime`.
+    pub fn pool(media: &[&Path], runtime: &Path, log: &Path) -> Result<Self> {
         fs::create_dir_all(runtime)?;
-        let args = [
-            "--pool".to_owned(),
-            pool.display().to_string(),
-            "--runtime-dir".to_owned(),
-            runtime.display().to_string(),
-        ];
-        let mut backend = Self::vssd(args, log)?.expect_socket(&control_socket(runtime));
-        backend.start()?;
-        Ok(backend)
+        let mut args = vec![format!("--runtime-dir={}", runtime.display())];
+        args.extend(media.iter().map(|medium| format!("--pool={}", medium.display())));
+        Ok(Self::vssd(args, log)?.expect_socket(&control_socket(runtime)))
     }
 
-    /// QEMU's storage daemon exporting `image` on `socket`. Started.
+    /// QEMU's storage daemon exporting `image` on `socket`.
     pub fn storage_daemon(socket: &Path, image: &Path, queues: u16, log: &Path) -> Result<Self> {
         let args = [
             "--blockdev".to_owned(),
@@ -81,9 +74,7 @@ impl Backend {
             ),
         ];
         let program = paths::tool("qemu-storage-daemon")?;
-        let mut daemon = Self::new("qemu-storage-daemon", program, args.to_vec(), log).expect_socket(socket);
-        daemon.start()?;
-        Ok(daemon)
+        Ok(Self::new("qemu-storage-daemon", program, args.to_vec(), log).expect_socket(socket))
     }
 
     fn new(name: &'static str, program: PathBuf, args: Vec<String>, log: &Path) -> Self {
@@ -105,11 +96,24 @@ impl Backend {
         self
     }
 
+    /// Adds arguments.
+    #[must_use]
+    pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
     /// Sets an environment variable for the daemon.
     #[must_use]
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.envs.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// As [`Backend::start`], for the end of a chain of settings.
+    pub fn started(mut self) -> Result<Self> {
+        self.start()?;
+        Ok(self)
     }
 
     /// Starts the daemon and waits for its sockets.
@@ -207,6 +211,18 @@ impl Backend {
             None => Ok(()),
         }
     }
+}
+
+/// Makes a pool with `vssd-backend pool create` and these further arguments; gives what it printed.
+pub fn create_pool(args: &[&str]) -> Result<String> {
+    let program = paths::artifact("vssd-backend", "vssd-backend")?;
+    process::run(Command::new(program).args(["pool", "create"]).args(args))
+}
+
+/// Checks a pool that no daemon uses with `vssd-backend pool check`; an error shows what it found.
+pub fn check_pool(media: &[&Path]) -> Result<String> {
+    let program = paths::artifact("vssd-backend", "vssd-backend")?;
+    process::run(Command::new(program).args(["pool", "check"]).args(media))
 }
 
 /// The control socket of a pool daemon.

@@ -11,7 +11,7 @@
 //!
 //! let scratch = Scratch::new()?;
 //! let socket = scratch.join("disk.sock");
-//! let mut daemon = Backend::single(&socket, &scratch.join("pool"), "1G", &scratch.join("log"))?;
+//! let mut daemon = Backend::single(&socket, &scratch.join("pool"), "1G", &scratch.join("log"))?.started()?;
 //! let image = GuestImage::with_driver(&Kernel::debian()?)?;
 //! let mut guest = Qemu::new(QemuBinary::debian()?, &image).disk(VhostUserDisk::new(&socket)).boot()?;
 //! let disk = guest.disk(0)?;                                  // "vda"

@@ -60,13 +60,18 @@ pub fn ensure() -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    let line = format!("apt-get install --yes --no-install-recommends {}", missing.join(" "));
     if paths::find_tool("apt-get").is_none() {
         bail!(
             "this is not a Debian machine; the counterparts of these packages are needed: {}",
             missing.join(" ")
         );
     }
+    let known = missing.iter().all(|package| has_candidate(package));
+    let line = format!(
+        "{}apt-get install --yes --no-install-recommends {}",
+        if known { "" } else { "apt-get update && " },
+        missing.join(" ")
+    );
     let Some(root) = root_prefix() else {
         bail!("packages are missing and this user may not install them; run as root:\n  {line}");
     };
@@ -93,12 +98,10 @@ pub fn ensure() -> Result<()> {
     };
     let mut install = vec!["install", "--yes", "--no-install-recommends"];
     install.extend(&missing);
-    let known = missing.iter().all(|package| has_candidate(package));
     if !known || apt(&install).is_err() {
         // No lists yet (a fresh container), or lists older than the mirror.
         apt(&["update", "-q"])?;
-        apt(&install)
-            .with_context(|| format!("to do this by hand, run as root:\n  apt-get update && {line}"))?;
+        apt(&install).with_context(|| format!("to do this by hand, run as root:\n  {line}"))?;
     }
     match self::missing().as_slice() {
         [] => Ok(()),

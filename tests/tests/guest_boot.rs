@@ -33,7 +33,7 @@ fn exercise(qemu: &QemuBinary, version: (u32, u32), kernel: &Kernel, series: &st
     let image = scratch.join("disk.raw");
     File::create(&image)?.set_len(DISK_BYTES)?;
     let socket = scratch.join("disk.sock");
-    let _daemon = Backend::storage_daemon(&socket, &image, 2, &scratch.join("qsd.log"))?;
+    let _daemon = Backend::storage_daemon(&socket, &image, 2, &scratch.join("qsd.log"))?.started()?;
 
     let mut guest =
         Qemu::new(qemu.clone(), &GuestImage::stock(kernel)?).disk(VhostUserDisk::new(&socket)).boot()?;
