@@ -82,7 +82,7 @@ impl Negotiation {
             stall: Stall::None,
         };
         let pace = self.pace.get_or_insert(fresh);
-        let moved = if requested < plugged || pace.mark_plugged > requested {
+        let moved = if requested < plugged {
             pace.mark_plugged.saturating_sub(plugged)
         } else {
             plugged.saturating_sub(pace.mark_plugged)

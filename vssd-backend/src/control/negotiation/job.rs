@@ -82,6 +82,11 @@ impl Job {
         (!self.deadline_over).then_some(at)
     }
 
+    /// It is for the guest to do, and the guest does not know yet.
+    pub(super) fn is_untold(&self) -> bool {
+        self.state == JobState::Created && self.way == Way::Guest && !self.force
+    }
+
     fn grows(&self) -> bool {
         self.target > self.from
     }
@@ -121,10 +126,10 @@ impl Negotiation {
             now,
             fx,
         );
-        let before = (self.requested, self.reason);
         self.withdrawing = false;
-        self.set_requested(plan.to, Reason::Operator, false, fx);
-        if before == (self.requested, self.reason) && (had_deadline || plan.deadline_ms.is_some()) {
+        self.stuck = false;
+        let told = self.set_requested(plan.to, Reason::Operator, false, fx);
+        if !told && (had_deadline || plan.deadline_ms.is_some()) {
             self.news_target();
         }
         let way = match plan.route {
@@ -178,7 +183,7 @@ impl Negotiation {
     }
 
     /// A driver said HELLO: a job whose way was open is offered to it.
-    pub(super) fn offer_job(&mut self, _now: u64, _fx: &mut [Effect]) {
+    pub(super) fn offer_job(&mut self) {
         if let Some(job) = &mut self.job
             && job.way == Way::Open
             && !job.force
@@ -296,14 +301,16 @@ impl Negotiation {
     }
 
     /// The host could not move blocks it was to move: trying again would end the same way.
-    pub(super) fn host_gave_up(&mut self, error: ErrorCode, now: u64, fx: &mut Vec<Effect>) {
+    pub(super) fn host_gave_up(&mut self, error: ErrorCode, forced: bool, now: u64, fx: &mut Vec<Effect>) {
         let message = match error {
+            ErrorCode::InUse if forced => "no more blocks could be taken",
             ErrorCode::InUse => "the blocks at the end of the disk hold data",
             ErrorCode::PoolFull => "the pool has no space for more blocks",
             _ => "the pool failed, see the daemon's log",
         };
         self.finish_short(message.to_owned(), error, now, fx);
         self.withdraw(fx);
+        self.stuck = true;
     }
 
     /// `partial` if anything moved, else `refused`.
@@ -329,6 +336,10 @@ impl Negotiation {
             return;
         }
         let grows = job.grows();
+        if job.way == Way::Guest && !grows && self.session.is_none() && job.state != JobState::Created {
+            self.job_state(JobState::Created, Route::AwaitDriver.waits_for(), now, fx);
+            return;
+        }
         let left = self.counts.plugged.abs_diff(job.target);
         let coming: u32 = self
             .ops

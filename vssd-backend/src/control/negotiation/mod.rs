@@ -37,7 +37,7 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
-use vssd_protocol::control::{DriverKind, ErrorCode, JobState, OnTimeout, Policy};
+use vssd_protocol::control::{DriverKind, ErrorCode, JobState, Policy};
 use vssd_protocol::guest::{self, RangeStatus, Reason, Response, Sizes};
 use vssd_protocol::units::{BlockRange, BlockSize};
 
@@ -293,6 +293,8 @@ pub struct Negotiation {
     job: Option<Job>,
     pace: Option<Pace>,
     withdrawing: bool,
+    /// The host tried in vain; it does not try again before something changes.
+    stuck: bool,
     capacity: u32,
     pull_quiet: Quiet,
     driver_quiet: Quiet,
@@ -321,6 +323,7 @@ impl Negotiation {
             job: None,
             pace: None,
             withdrawing: false,
+            stuck: false,
             capacity: counts.end.max(1),
             pull_quiet: Quiet::default(),
             driver_quiet: Quiet::default(),
@@ -471,12 +474,13 @@ impl Negotiation {
         }
     }
 
-    /// Sets the target. Durable already, unless `store`.
-    fn set_requested(&mut self, blocks: u32, reason: Reason, store: bool, fx: &mut Vec<Effect>) {
+    /// Sets the target, which is durable already unless `store`. Returns whether that is news.
+    fn set_requested(&mut self, blocks: u32, reason: Reason, store: bool, fx: &mut Vec<Effect>) -> bool {
         let changed = blocks != self.requested;
         if !changed && reason == self.reason {
-            return;
+            return false;
         }
+        self.stuck = false;
         self.requested = blocks;
         self.reason = reason;
         self.pace = None;
@@ -484,6 +488,7 @@ impl Negotiation {
             fx.push(Effect::StoreRequested { blocks });
         }
         self.news_target();
+        true
     }
 
     /// Takes the target back to what is plugged.
@@ -502,6 +507,7 @@ impl Negotiation {
             "to_bytes": self.bytes(requested),
             "reason": "pull",
         });
+        self.withdrawing = false;
         self.set_requested(requested, Reason::Pull, false, fx);
         fx.push(Effect::Emit(News { event: "grow.requested", job: None, data }));
     }
@@ -541,7 +547,7 @@ impl Negotiation {
                         (_, true) => ErrorCode::InUse,
                         (_, false) => ErrorCode::PoolFull,
                     };
-                    self.host_gave_up(error, now, fx);
+                    self.host_gave_up(error, forced, now, fx);
                 } else {
                     self.note_progress(moved, now, fx);
                 }
@@ -552,18 +558,14 @@ impl Negotiation {
     /// Moves towards the target where the host may.
     fn converge(&mut self, now: u64, fx: &mut Vec<Effect>) {
         if self.withdrawing {
-            if self.job.is_none() && self.counts.plugged < self.requested {
-                let blocks = self.counts.plugged.max(self.min);
-                self.set_requested(blocks, Reason::None, true, fx);
-            }
-            self.withdrawing = !self.ops.is_empty() && self.job.is_none();
+            self.withdraw(fx);
         }
         self.check_job(now, fx);
         if self.host_op_in_flight() || self.counts.plugged == self.requested {
             return;
         }
         if self.counts.plugged < self.requested {
-            if self.host_acts() && self.ops.is_empty() {
+            if self.host_acts() && self.ops.is_empty() && !self.stuck {
                 let blocks = self.requested - self.counts.plugged;
                 let op = self.start_op(OpBy::Host { take: false, forced: false }, blocks);
                 fx.push(Effect::GiveBlocks { op, blocks, limit: self.requested });
@@ -618,10 +620,5 @@ impl Negotiation {
             job.actor.add_to(&mut data);
         }
         fx.push(Effect::Emit(News { event: "shrink.forced", job: self.job(), data }));
-    }
-
-    /// Which policy a job follows when its deadline passes.
-    fn on_timeout(&self, wish: Option<OnTimeout>) -> OnTimeout {
-        wish.unwrap_or(self.policy.on_timeout)
     }
 }

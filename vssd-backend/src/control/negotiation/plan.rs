@@ -143,7 +143,7 @@ impl Negotiation {
             route,
             force: wish.force,
             deadline_ms: deadline_ms.filter(|ms| *ms > 0),
-            on_timeout: self.on_timeout(wish.on_timeout),
+            on_timeout: wish.on_timeout.unwrap_or(self.policy.on_timeout),
             text: String::new(),
         };
         plan.text = self.describe(&plan, wish.to_bytes);

@@ -3,12 +3,13 @@
 //! The guest's side of the negotiation: sessions, news, and the answer to each request.
 
 use serde_json::json;
-use vssd_protocol::control::{DriverKind, JobState, PullPolicy};
+use vssd_protocol::control::{JobState, PullPolicy};
 use vssd_protocol::guest::{
     self, DeclineReason, HelloBody, Request, RequestResult, Response, ResponseBody, Sizes, Urgency,
 };
 use vssd_protocol::units::BlockRange;
 
+use super::job::Job;
 use super::{Driver, Effect, Negotiation, News, OpBy, ReplyId};
 
 /// What was agreed with one driver since its HELLO.
@@ -86,7 +87,7 @@ impl Negotiation {
         if session.state_seq > parked.seq_seen {
             flags |= guest::NEWS_STATE;
         }
-        let deadline_ms = self.job.as_ref().and_then(super::Job::deadline_at).map_or(0, |at| {
+        let deadline_ms = self.job.as_ref().and_then(Job::deadline_at).map_or(0, |at| {
             // A deadline of this very moment is still one: 0 would mean that there is none.
             u32::try_from(at.saturating_sub(now)).unwrap_or(u32::MAX).max(1)
         });
@@ -97,7 +98,7 @@ impl Negotiation {
     }
 
     fn guest_was_told(&mut self, now: u64, fx: &mut Vec<Effect>) {
-        if self.job.as_ref().is_some_and(|job| job.state == JobState::Created) {
+        if self.job.as_ref().is_some_and(Job::is_untold) {
             self.job_state(JobState::Offered, "the guest was asked", now, fx);
         }
     }
@@ -188,7 +189,7 @@ impl Negotiation {
         let response = Response { result, sizes: self.sizes(), body: ResponseBody::Hello(body) };
         fx.push(Effect::Answer { reply, response });
         if spoken {
-            self.offer_job(now, fx);
+            self.offer_job();
             self.guest_was_told(now, fx);
         }
     }
@@ -284,7 +285,6 @@ impl Negotiation {
         if matches!(self.driver, Driver::Settling { until_ms } if until_ms <= now) {
             self.driver = Driver::Stock;
             self.last_was_vssd = false;
-            debug_assert_eq!(self.driver_kind(), DriverKind::Stock);
         }
     }
 }
