@@ -16,6 +16,9 @@ use crate::process::tail;
 use crate::wait::Deadline;
 use crate::wire::{Frame, FrameReader, Kind, MAX_PAYLOAD};
 
+/// How long the guest may leave the port unread.
+const WRITE: Duration = Duration::from_secs(60);
+
 /// What a command left behind.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Output {
@@ -142,6 +145,8 @@ pub struct Agent {
 impl Agent {
     /// Takes over the connected port.
     pub fn new(port: UnixStream) -> Result<Self> {
+        // A guest that hangs stops reading; then a write must fail, not hang with it.
+        port.set_write_timeout(Some(WRITE))?;
         let shared = Arc::new(Shared::default());
         let mut frames = FrameReader::new(port.try_clone().context("share the agent's port")?);
         let theirs = Arc::clone(&shared);

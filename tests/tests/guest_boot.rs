@@ -4,13 +4,14 @@
 use std::fs::File;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use vssd_tests::backend::Backend;
 use vssd_tests::image::GuestImage;
 use vssd_tests::kernel::Kernel;
 use vssd_tests::qemu::{Qemu, QemuBinary, VhostUserDisk};
 use vssd_tests::scratch::Scratch;
 use vssd_tests::serial::guest_slot;
+use vssd_tests::wait::Deadline;
 
 const DISK_BYTES: u64 = 64 << 20;
 
@@ -80,7 +81,14 @@ fn exercise(qemu: &QemuBinary, version: (u32, u32), kernel: &Kernel, series: &st
     ensure!(!guest.sh("test -e /tmp/big")?.success());
     let disk = guest.disk(0)?;
     guest.ok(&format!("mount /dev/{disk} /mnt && test -s /mnt/big && umount /mnt"))?;
+    // A job whose output the reset cuts off is lost, and the channel goes on.
+    let noisy = guest.spawn("while :; do dd if=/dev/urandom bs=64k count=16 2>/dev/null; done")?;
+    Deadline::secs(20).until("some output", || Ok(noisy.stdout().len() > 1 << 20))?;
     guest.reset()?;
+    let Err(lost) = guest.wait(&noisy, Duration::from_secs(5)) else {
+        bail!("a job of the boot before gave an answer");
+    };
+    ensure!(lost.to_string().contains("rebooted"), "{lost}");
     println!("reset in {:.1} s", guest.boot_time().as_secs_f64());
     guest.ok("true")?;
 
