@@ -1,0 +1,882 @@
+// SPDX-License-Identifier: GPL-2.0 OR MIT
+/*
+ * Convergence: the work item that brings plugged_blocks to requested_blocks.
+ *
+ * It is level-triggered. Whatever happened, each round asks the same questions: is there a session, is
+ * there news, which way is the target? A pass over many blocks is given up at the next message when
+ * there is news, so that a shrink ends as soon as the host no longer wants it.
+ *
+ * The way of a block that is given up:
+ *
+ *	clean	write back and drop its cached pages, I/O goes on
+ *	fence	new I/O to it is parked
+ *	drain	wait for the I/O in flight
+ *	check	no page came back; if it was chosen as empty, nothing was written. Else lift the fence.
+ *	UNPLUG	the device decides
+ *	settle	evicted, or lift the fence. Parked I/O is looked at again.
+ *
+ * Local state changes only after the device answered. Between fence and settle nothing allocates
+ * memory that could wait for this disk.
+ *
+ * Ends of a round, see vssd_resize_work(): done, again at once, again after a back-off that doubles, or
+ * broken, when the device breaks the protocol. A broken device still does I/O.
+ */
+#include <linux/bitmap.h>
+#include <linux/blkdev.h>
+#include <linux/crash_dump.h>
+#include <linux/jiffies.h>
+#include <linux/sched/mm.h>
+
+#include "vssd.h"
+
+#define VSSD_BACKOFF_FIRST_MS	50
+#define VSSD_BACKOFF_LAST_MS	(60 * 1000)
+#define VSSD_POLL_INTERVAL	(10 * HZ)
+#define VSSD_POLLS_PER_AGEING	360
+
+/* Passes that found blocks busy before the host is told. */
+#define VSSD_BUSY_PASSES	3
+
+/* A WAIT that comes back at once is not sent again sooner than this. */
+#define VSSD_WAIT_INTERVAL	msecs_to_jiffies(20)
+
+/* Longest range of PLUG: it stands or falls whole. */
+#define VSSD_PLUG_BLOCKS	4096
+
+#define VSSD_RESYNC_TRIES	3
+
+enum vssd_stage {
+	VSSD_STAGE_HINTS,
+	VSSD_STAGE_EMPTY,
+	VSSD_STAGE_COLD,
+	VSSD_STAGE_END,
+};
+
+/* One walk through everything that could be given up. */
+struct vssd_pass {
+	enum vssd_stage stage;
+	u32 generation;			/* of the hints in the batch */
+	u32 empty_next;			/* where to go on asking for empty blocks */
+	bool empty_begun;
+	u32 given;			/* blocks */
+	u32 busy;			/* blocks whose pages could not be dropped */
+	u32 refused;			/* blocks the device does not take now */
+	u32 deferred;			/* blocks that did not fit the message */
+};
+
+void vssd_resize_kick(struct vssd *vssd)
+{
+	if (vssd->live && !vssd_stopping(vssd))
+		queue_work(vssd->wq, &vssd->work);
+}
+
+/* Something to hear before more blocks are moved. */
+static bool vssd_interrupted(const struct vssd *vssd)
+{
+	return READ_ONCE(vssd->wait.done) || vssd_stopping(vssd);
+}
+
+static void vssd_set_state(struct vssd *vssd, enum vssd_state state)
+{
+	if (vssd->state == state)
+		return;
+	WRITE_ONCE(vssd->state, state);
+	vssd_notify(vssd);
+}
+
+static bool vssd_in_use(const struct vssd *vssd)
+{
+	/* Whoever claims a partition claims the whole disk with it. */
+	return READ_ONCE(vssd->disk->part0->bd_holder);
+}
+
+/* ---- what the device says ---- */
+
+static void vssd_reset_backoff(struct vssd *vssd)
+{
+	vssd->backoff_ms = 0;
+	vssd->busy_passes = 0;
+	vssd->hint_deadline = jiffies + msecs_to_jiffies(READ_ONCE(vssd->hint_wait_ms));
+}
+
+/*
+ * Takes over the sizes that come with each answer. If the device counts other than we do, the host
+ * took blocks by force, and the plugged set is read again.
+ */
+static void vssd_adopt(struct vssd *vssd, const struct vssd_news *news)
+{
+	if (news->plugged != vssd->blocks.total - vssd->blocks.nr_evicted)
+		set_bit(VSSD_F_RESYNC, &vssd->flags);
+	if (news->seq > vssd->seq_heard)
+		WRITE_ONCE(vssd->seq_heard, news->seq);
+	if (news->requested == vssd->requested)
+		return;
+	WRITE_ONCE(vssd->requested, news->requested);
+	vssd_reset_backoff(vssd);
+	vssd_notify(vssd);
+	if (news->requested < vssd_plugged(vssd))
+		vssd_uevent(vssd, "shrink-request");
+}
+
+/* Asks for the sizes only. */
+static int vssd_poll(struct vssd *vssd)
+{
+	struct vssd_state_page page;
+	struct vssd_news news;
+	int err;
+
+	err = vssd_chan_state(vssd, 0, vssd->blocks.total, &page, &news);
+	if (!err)
+		vssd_adopt(vssd, &news);
+	return err;
+}
+
+/* Drops the pages over evicted blocks. Those that are dirty or busy are tried again. */
+static void vssd_drop_evicted(struct vssd *vssd)
+{
+	struct vssd_span span = {};
+	bool clean = true;
+
+	while (vssd_blocks_next_evicted(&vssd->blocks, span.start + span.count, U32_MAX, &span))
+		if (!vssd_cache_drop(vssd, &span))
+			clean = false;
+	if (!clean) {
+		set_bit(VSSD_F_STALE_CACHE, &vssd->flags);
+		vssd_retry_in(vssd, 1000);
+	}
+}
+
+static int vssd_read_set(struct vssd *vssd, struct vssd_news *news)
+{
+	struct vssd_state_page page = { .next = 0 };
+	struct vssd_span span;
+	int err;
+
+	bitmap_fill(vssd->scratch, vssd->blocks.total);
+	do {
+		err = vssd_chan_state(vssd, 0, page.next, &page, news);
+		if (err)
+			return err;
+		while ((err = vssd_chan_next_range(vssd, &page, &span)) > 0)
+			bitmap_clear(vssd->scratch, span.start, span.count);
+		if (err)
+			return err;
+	} while (page.next < vssd->blocks.total);
+	if (bitmap_weight(vssd->scratch, vssd->blocks.total) != vssd->blocks.total - news->plugged)
+		return -ETXTBSY;
+	return 0;
+}
+
+/**
+ * vssd_resync - read the plugged set again
+ * @vssd: the disk; nothing is fenced
+ *
+ * Context: probe or work item.
+ */
+int vssd_resync(struct vssd *vssd)
+{
+	struct vssd_news news;
+	int err, tries = VSSD_RESYNC_TRIES;
+	bool taken;
+
+	clear_bit(VSSD_F_RESYNC, &vssd->flags);
+	/* The host may take more while the pages of the list are read. */
+	do {
+		err = vssd_read_set(vssd, &news);
+	} while (err == -ETXTBSY && --tries);
+	if (err) {
+		set_bit(VSSD_F_RESYNC, &vssd->flags);
+		return err;
+	}
+	taken = vssd_blocks_replace(&vssd->blocks, vssd->scratch);
+	vssd->counters.resyncs++;
+	vssd_adopt(vssd, &news);
+	if (vssd->disk && taken) {
+		vssd_drop_evicted(vssd);
+		vssd_notify(vssd);
+		vssd_uevent(vssd, "resync");
+	}
+	return 0;
+}
+
+/**
+ * vssd_begin_session - HELLO
+ * @vssd: the disk
+ *
+ * Context: probe or work item.
+ */
+int vssd_begin_session(struct vssd *vssd)
+{
+	struct vssd_news news;
+	int err;
+
+	err = vssd_chan_hello(vssd, &news);
+	if (err)
+		return err;
+	vssd->session = true;
+	vssd->seq = 0;
+	WRITE_ONCE(vssd->seq_heard, 0);
+	vssd->declined = false;
+	set_bit(VSSD_F_RESYNC, &vssd->flags);
+	vssd_reset_backoff(vssd);
+	WRITE_ONCE(vssd->requested, news.requested);
+	WRITE_ONCE(vssd->seq_heard, news.seq);
+	return 0;
+}
+
+static void vssd_hear(struct vssd *vssd, const struct vssd_news *news)
+{
+	if (news->flags & VSSD_NEWS_STATE)
+		set_bit(VSSD_F_RESYNC, &vssd->flags);
+	if (news->seq > vssd->seq)
+		vssd->seq = news->seq;
+	WRITE_ONCE(vssd->reason, news->reason);
+	WRITE_ONCE(vssd->deadline, jiffies + msecs_to_jiffies(news->deadline_ms));
+	WRITE_ONCE(vssd->has_deadline, news->deadline_ms);
+	if (news->flags & VSSD_NEWS_TARGET) {
+		vssd_reset_backoff(vssd);
+		vssd_notify(vssd);
+		if (news->requested == vssd->requested && news->requested < vssd_plugged(vssd))
+			vssd_uevent(vssd, "shrink-request");
+	}
+	vssd_adopt(vssd, news);
+}
+
+/* Reads the answer of WAIT if there is one, and leaves a new WAIT with the device. */
+static int vssd_hear_news(struct vssd *vssd)
+{
+	struct vssd_news news;
+	int err;
+
+	err = vssd_chan_take_wait(vssd, &news);
+	switch (err) {
+	case 0:
+		vssd_hear(vssd, &news);
+		break;
+	case -ENODATA:
+	case -ETXTBSY:
+	case -EAGAIN:
+		break;
+	case -ESTALE:
+		/* Of the session before this one, or this one is over: asking tells. */
+		err = vssd_poll(vssd);
+		if (err)
+			return err;
+		break;
+	default:
+		return err;
+	}
+	if (vssd_chan_waiting(vssd))
+		return 0;
+	if (time_before(jiffies, vssd->wait_armed + VSSD_WAIT_INTERVAL)) {
+		vssd_retry_in(vssd, jiffies_to_msecs(VSSD_WAIT_INTERVAL));
+		return 0;
+	}
+	vssd->wait_armed = jiffies;
+	return vssd_chan_arm_wait(vssd);
+}
+
+/* ---- giving blocks up ---- */
+
+/* Adds the blocks of a span that are neither written nor hinted to the batch. */
+static u32 vssd_add_empty(struct vssd *vssd, const struct vssd_span *span, u32 n, u32 *need)
+{
+	struct vssd_span *batch = vssd->batch;
+	u32 i;
+
+	for (i = span->start; i < span->start + span->count && *need; i++) {
+		if (test_bit(i, vssd->blocks.blocked) || test_bit(i, vssd->blocks.written) ||
+		    test_bit(i, vssd->hints.queued))
+			continue;
+		if (n && batch[n - 1].start + batch[n - 1].count == i) {
+			batch[n - 1].count++;
+		} else {
+			if (n == vssd->max_ranges)
+				break;
+			batch[n++] = (struct vssd_span) { i, 1 };
+		}
+		(*need)--;
+	}
+	return n;
+}
+
+/*
+ * Asks the device for blocks that hold no data. A write that is under way when the device answers must
+ * not be missed: all writes are noted from before the question on, and vssd_check() looks again.
+ */
+static int vssd_pick_empty(struct vssd *vssd, struct vssd_pass *pass, u32 need)
+{
+	struct vssd_state_page page;
+	struct vssd_news news;
+	struct vssd_span span;
+	u32 n = 0;
+	int err;
+
+	if (!pass->empty_begun) {
+		vssd_blocks_forget_writes(&vssd->blocks);
+		err = vssd_blk_drain(vssd);
+		if (err)
+			return err;
+		pass->empty_begun = true;
+	}
+	while (!n && pass->empty_next < vssd->blocks.total && !vssd_interrupted(vssd)) {
+		err = vssd_chan_state(vssd, VSSD_STATE_F_EMPTY, pass->empty_next, &page, &news);
+		if (err)
+			return err;
+		pass->empty_next = page.next;
+		while ((err = vssd_chan_next_range(vssd, &page, &span)) > 0) {
+			n = vssd_add_empty(vssd, &span, n, &need);
+			if (!need || n == vssd->max_ranges) {
+				pass->empty_next = vssd->batch[n - 1].start +
+						   vssd->batch[n - 1].count;
+				break;
+			}
+		}
+		if (err < 0)
+			return err;
+	}
+	return n || !vssd_interrupted(vssd) ? n : -EAGAIN;
+}
+
+/* Shortens a batch to @need blocks. */
+static u32 vssd_trim(struct vssd_span *spans, u32 n, u32 need)
+{
+	u32 i;
+
+	for (i = 0; i < n && need; i++) {
+		spans[i].count = min(spans[i].count, need);
+		need -= spans[i].count;
+	}
+	return i;
+}
+
+/*
+ * Fills the batch with blocks of one stage, and goes to the next stage when one has no more.
+ *
+ * Return: number of spans, 0 at the end, -EINPROGRESS when an agent may still bring hints, or an error.
+ */
+static int vssd_pick(struct vssd *vssd, struct vssd_pass *pass, u32 need)
+{
+	enum vssd_nominate nominate = READ_ONCE(vssd->nominate);
+	int n = 0;
+
+	for (; pass->stage < VSSD_STAGE_END; pass->stage++) {
+		switch (pass->stage) {
+		case VSSD_STAGE_HINTS:
+			n = vssd_hints_take(&vssd->hints, need, vssd->blocks.evicted, vssd->batch,
+					    vssd->max_ranges, &pass->generation);
+			if (!n && atomic_read(&vssd->agents) &&
+			    time_before(jiffies, vssd->hint_deadline))
+				return -EINPROGRESS;
+			break;
+		case VSSD_STAGE_EMPTY:
+			/* A file system may write to any free block: only an agent knows better. */
+			if (nominate >= VSSD_NOMINATE_EMPTY && !vssd_in_use(vssd))
+				n = vssd_pick_empty(vssd, pass, need);
+			break;
+		case VSSD_STAGE_COLD:
+			if (nominate >= VSSD_NOMINATE_COLD && !vssd_in_use(vssd))
+				n = vssd_trim(vssd->batch,
+					      vssd_blocks_coldest(&vssd->blocks, need,
+								  vssd->hints.queued, vssd->batch,
+								  vssd->max_ranges), need);
+			break;
+		default:
+			break;
+		}
+		if (n)
+			return n;
+	}
+	return 0;
+}
+
+/* A block of the batch stays plugged. */
+static void vssd_keep(struct vssd *vssd, struct vssd_pass *pass, const struct vssd_span *span)
+{
+	vssd_blocks_unfence(&vssd->blocks, span);
+	if (pass->stage == VSSD_STAGE_HINTS)
+		vssd_hints_set_aside(&vssd->hints, span, pass->generation);
+	else
+		vssd_blocks_note_use(&vssd->blocks, span->start, span->start + span->count - 1,
+				     false);
+}
+
+/* Whether fenced blocks may go. */
+static bool vssd_check(struct vssd *vssd, const struct vssd_pass *pass,
+		       const struct vssd_span *span)
+{
+	unsigned long end = (unsigned long)span->start + span->count;
+
+	if (pass->stage == VSSD_STAGE_EMPTY &&
+	    find_next_bit(vssd->blocks.written, end, span->start) < end)
+		return false;
+	return vssd_cache_drop(vssd, span);
+}
+
+/*
+ * Sorts the fenced batch: what may go is collected in vssd->unplug, of the rest the fence is lifted. A
+ * span that may not go as a whole is looked at block by block.
+ *
+ * Return: number of spans in vssd->unplug.
+ */
+static u32 vssd_sort(struct vssd *vssd, struct vssd_pass *pass, u32 n)
+{
+	struct vssd_span *unplug = vssd->unplug;
+	u32 i, m = 0;
+
+	for (i = 0; i < n; i++) {
+		struct vssd_span *span = &vssd->batch[i];
+		struct vssd_span one = { span->start, 1 };
+
+		if (m < vssd->max_ranges && vssd_check(vssd, pass, span)) {
+			unplug[m++] = *span;
+			continue;
+		}
+		vssd->counters.busy_ranges++;
+		for (; one.start < span->start + span->count; one.start++) {
+			if (m && unplug[m - 1].start + unplug[m - 1].count == one.start &&
+			    vssd_check(vssd, pass, &one)) {
+				unplug[m - 1].count++;
+			} else if (m == vssd->max_ranges) {
+				vssd_keep(vssd, pass, &one);
+				pass->deferred++;
+			} else if (vssd_check(vssd, pass, &one)) {
+				unplug[m++] = one;
+			} else {
+				vssd_keep(vssd, pass, &one);
+				pass->busy++;
+			}
+		}
+	}
+	return m;
+}
+
+static int vssd_unplug(struct vssd *vssd, struct vssd_pass *pass, u32 m)
+{
+	const u8 *status = NULL;
+	struct vssd_news news;
+	int err;
+	u32 i;
+
+	err = vssd_chan_change(vssd, VSSD_T_UNPLUG, vssd->unplug, m, &status, &news);
+	vssd->counters.unplug_ranges += m;
+	for (i = 0; i < m; i++) {
+		const struct vssd_span *span = &vssd->unplug[i];
+
+		/* Whatever happened to it without an answer, the device is asked again. */
+		switch (err ? VSSD_R_BUSY : READ_ONCE(status[i])) {
+		case VSSD_R_OK:
+		case VSSD_R_ALREADY:
+			vssd_blocks_set_evicted(&vssd->blocks, span);
+			if (pass->stage == VSSD_STAGE_HINTS)
+				vssd_hints_done(&vssd->hints, span, pass->generation);
+			pass->given += span->count;
+			vssd->counters.unplugged_blocks += span->count;
+			break;
+		case VSSD_R_BUSY:
+		case VSSD_R_PROTECTED:
+			vssd_keep(vssd, pass, span);
+			pass->refused += span->count;
+			vssd->counters.refused_ranges++;
+			break;
+		default:
+			vssd_keep(vssd, pass, span);
+			err = -EPROTO;
+			break;
+		}
+	}
+	if (!err)
+		vssd_adopt(vssd, &news);
+	return err;
+}
+
+/* Gives up @n spans of vssd->batch, as far as that is possible. */
+static int vssd_give(struct vssd *vssd, struct vssd_pass *pass, u32 n)
+{
+	unsigned int noio;
+	int err;
+	u32 i, m;
+
+	for (i = 0; i < n && !vssd_stopping(vssd); i++)
+		vssd_cache_clean(vssd, &vssd->batch[i]);
+
+	noio = memalloc_noio_save();
+	for (i = 0; i < n; i++)
+		vssd_blocks_fence(&vssd->blocks, &vssd->batch[i]);
+	err = vssd_blk_drain(vssd);
+	if (err) {
+		for (i = 0; i < n; i++)
+			vssd_keep(vssd, pass, &vssd->batch[i]);
+	} else {
+		m = vssd_sort(vssd, pass, n);
+		if (m)
+			err = vssd_unplug(vssd, pass, m);
+	}
+	vssd_blk_release_parked(vssd);
+	memalloc_noio_restore(noio);
+	return err;
+}
+
+/* Whether the newest news was declined. */
+static bool vssd_declined(const struct vssd *vssd)
+{
+	return vssd->declined && vssd->declined_seq == vssd->seq_heard;
+}
+
+static int vssd_decline(struct vssd *vssd, const struct vssd_pass *pass)
+{
+	u32 could_give = pass->busy + pass->refused, reason;
+	struct vssd_news news;
+	int err;
+
+	if (vssd_declined(vssd))
+		return 0;
+	if (could_give)
+		reason = VSSD_DECLINE_BUSY;
+	else if (READ_ONCE(vssd->nominate) == VSSD_NOMINATE_HINTS || vssd_in_use(vssd))
+		reason = VSSD_DECLINE_POLICY;
+	else
+		reason = VSSD_DECLINE_NOTHING;
+
+	vssd->declined = true;
+	vssd->declined_seq = vssd->seq_heard;
+	err = vssd_chan_decline(vssd, vssd->declined_seq, could_give, reason, &news);
+	if (err == -EINVAL || err == -ETXTBSY)
+		return 0;
+	if (err)
+		return err;
+	vssd->counters.declines++;
+	vssd_adopt(vssd, &news);
+	vssd_uevent(vssd, "declined");
+	return 0;
+}
+
+static int vssd_shrink(struct vssd *vssd)
+{
+	struct vssd_pass pass = {};
+	int rc = 0, err;
+	u32 before;
+
+	/* While only the backstop asks again, the answer stands. */
+	if (vssd->state != VSSD_DECLINED || !vssd_declined(vssd))
+		vssd_set_state(vssd, VSSD_SHRINKING);
+	while (vssd_plugged(vssd) > vssd->requested) {
+		rc = vssd_interrupted(vssd) ? -EAGAIN :
+		     vssd_pick(vssd, &pass, vssd_plugged(vssd) - vssd->requested);
+		if (rc <= 0)
+			break;
+		before = pass.given;
+		rc = vssd_give(vssd, &pass, rc);
+		if (rc)
+			break;
+		/* The other stages do not come to the same blocks twice. */
+		if (pass.stage == VSSD_STAGE_COLD && pass.given == before)
+			pass.stage = VSSD_STAGE_END;
+	}
+	vssd_hints_rewind(&vssd->hints);
+	if (pass.given) {
+		vssd->busy_passes = 0;
+		vssd_notify(vssd);
+	}
+	if (rc || vssd_plugged(vssd) <= vssd->requested)
+		return rc;
+
+	/* All that could go went. */
+	if (pass.deferred && pass.given)
+		return -EAGAIN;
+	if (pass.refused)
+		rc = -ETXTBSY;
+	else if (pass.busy || pass.deferred)
+		rc = -EBUSY;
+	if (rc && vssd->busy_passes++ < VSSD_BUSY_PASSES)
+		return rc;
+	err = vssd_decline(vssd, &pass);
+	if (err)
+		return err;
+	vssd_set_state(vssd, VSSD_DECLINED);
+	return rc;
+}
+
+/* ---- taking blocks ---- */
+
+/*
+ * Sends PLUG for the first @n spans of vssd->batch.
+ *
+ * Return: 0, -ENOSPC when the pool had no space for one, -ETXTBSY when one was refused for now, or an
+ * error. *@granted counts the blocks that came all the same.
+ */
+static int vssd_plug(struct vssd *vssd, u32 n, u32 *granted)
+{
+	const u8 *status = NULL;
+	struct vssd_news news;
+	int err, rc = 0;
+	u32 i;
+
+	/* A write that failed may have left its page. */
+	for (i = 0; i < n; i++)
+		vssd_cache_drop(vssd, &vssd->batch[i]);
+
+	*granted = 0;
+	err = vssd_chan_change(vssd, VSSD_T_PLUG, vssd->batch, n, &status, &news);
+	if (err)
+		return err;
+	vssd->counters.plug_ranges += n;
+	for (i = 0; i < n; i++) {
+		switch (READ_ONCE(status[i])) {
+		case VSSD_R_OK:
+		case VSSD_R_ALREADY:
+			vssd_blocks_set_plugged(&vssd->blocks, &vssd->batch[i]);
+			*granted += vssd->batch[i].count;
+			break;
+		case VSSD_R_NOSPACE:
+			rc = -ENOSPC;
+			vssd->counters.refused_ranges++;
+			break;
+		case VSSD_R_LIMIT:
+		case VSSD_R_BUSY:
+			rc = rc ?: -ETXTBSY;
+			vssd->counters.refused_ranges++;
+			break;
+		default:
+			return -EPROTO;
+		}
+	}
+	vssd->counters.plugged_blocks += *granted;
+	vssd_adopt(vssd, &news);
+	return rc;
+}
+
+/*
+ * Takes blocks, lowest first: neighbours make long ranges, and what is read ahead stays together. When
+ * the pool is short of space, shorter and shorter ranges find out what it can still give.
+ */
+static int vssd_grow(struct vssd *vssd)
+{
+	u32 longest = VSSD_PLUG_BLOCKS, most = vssd->max_ranges, total = 0, granted, from = 0;
+	int rc = 0;
+
+	vssd_set_state(vssd, VSSD_GROWING);
+	while (vssd_plugged(vssd) < vssd->requested && !rc) {
+		u32 need = vssd->requested - vssd_plugged(vssd), n = 0;
+
+		if (vssd_interrupted(vssd)) {
+			rc = -EAGAIN;
+			break;
+		}
+		while (n < most && need &&
+		       vssd_blocks_next_evicted(&vssd->blocks, from, min(longest, need),
+						&vssd->batch[n])) {
+			from = vssd->batch[n].start + vssd->batch[n].count;
+			need -= vssd->batch[n++].count;
+		}
+		if (!n)
+			break;
+		rc = vssd_plug(vssd, n, &granted);
+		total += granted;
+		if (rc == -ENOSPC && (granted || longest > 1)) {
+			longest = max(longest / 8, 1U);
+			most = 8;
+			from = 0;
+			rc = 0;
+		}
+	}
+	if (total) {
+		vssd_notify(vssd);
+		vssd_uevent(vssd, "grow");
+	}
+	return rc;
+}
+
+/* ---- the work item ---- */
+
+static int vssd_send_pull(struct vssd *vssd)
+{
+	struct vssd_news news;
+	u32 blocks, urgency;
+	u64 ticket;
+	int err;
+
+	mutex_lock(&vssd->pull_lock);
+	blocks = vssd->pull.blocks;
+	urgency = vssd->pull.urgency;
+	ticket = vssd->pull.ticket;
+	mutex_unlock(&vssd->pull_lock);
+	if (!blocks)
+		return 0;
+
+	err = vssd_chan_pull(vssd, blocks, urgency, &news);
+	if (err == -ESTALE)
+		return err;
+
+	mutex_lock(&vssd->pull_lock);
+	vssd->pull.result = err;
+	vssd->pull.done = ticket;
+	if (vssd->pull.ticket == ticket)
+		vssd->pull.blocks = 0;
+	mutex_unlock(&vssd->pull_lock);
+	wake_up_all(&vssd->pull_wait);
+	if (!err)
+		vssd_adopt(vssd, &news);
+	return err == -ETXTBSY || err == -EINVAL ? 0 : err;
+}
+
+static void vssd_fail_pull(struct vssd *vssd, int err)
+{
+	mutex_lock(&vssd->pull_lock);
+	if (vssd->pull.blocks) {
+		vssd->pull.blocks = 0;
+		vssd->pull.result = err;
+		vssd->pull.done = vssd->pull.ticket;
+	}
+	mutex_unlock(&vssd->pull_lock);
+	wake_up_all(&vssd->pull_wait);
+}
+
+static int vssd_round(struct vssd *vssd)
+{
+	int rc;
+
+	if (!vssd->session) {
+		vssd_set_state(vssd, VSSD_STALE);
+		rc = vssd_begin_session(vssd);
+		if (rc)
+			return rc;
+	}
+	rc = vssd_hear_news(vssd);
+	if (!rc)
+		rc = vssd_send_pull(vssd);
+	if (!rc && test_and_clear_bit(VSSD_F_POLL_DUE, &vssd->flags))
+		rc = vssd_poll(vssd);
+	if (!rc && test_bit(VSSD_F_RESYNC, &vssd->flags))
+		rc = vssd_resync(vssd);
+	if (rc)
+		return rc;
+	if (test_and_clear_bit(VSSD_F_STALE_CACHE, &vssd->flags))
+		vssd_drop_evicted(vssd);
+	if (test_and_clear_bit(VSSD_F_HINTED, &vssd->flags)) {
+		vssd_reset_backoff(vssd);
+		if (vssd->state == VSSD_DECLINED)
+			vssd_set_state(vssd, VSSD_SHRINKING);
+	}
+
+	/* A crash kernel reads the disk as it is. */
+	if (!is_kdump_kernel()) {
+		if (vssd_plugged(vssd) > vssd->requested)
+			rc = vssd_shrink(vssd);
+		else if (vssd_plugged(vssd) < vssd->requested)
+			rc = vssd_grow(vssd);
+	}
+	if (!rc && vssd_plugged(vssd) == vssd->requested)
+		vssd_set_state(vssd, VSSD_IDLE);
+	return rc;
+}
+
+static void vssd_back_off(struct vssd *vssd)
+{
+	vssd->backoff_ms = clamp(vssd->backoff_ms * 2, VSSD_BACKOFF_FIRST_MS, VSSD_BACKOFF_LAST_MS);
+	vssd_retry_in(vssd, vssd->backoff_ms);
+}
+
+static void vssd_resize_work(struct work_struct *work)
+{
+	struct vssd *vssd = container_of(work, struct vssd, work);
+	int rc;
+
+	do {
+		if (vssd_stopping(vssd) || vssd->state == VSSD_BROKEN)
+			return;
+		cond_resched();
+		rc = vssd_round(vssd);
+	} while (rc == -EAGAIN);
+
+	switch (rc) {
+	case 0:
+		break;
+	case -EINPROGRESS:	/* an agent is there and may bring hints */
+		vssd_retry_in(vssd, jiffies_to_msecs(vssd->hint_deadline - jiffies) + 1);
+		break;
+	case -ESTALE:		/* a new session */
+		vssd->session = false;
+		vssd_back_off(vssd);
+		break;
+	case -EBUSY:		/* blocks are in use here */
+	case -ETXTBSY:		/* the device is busy */
+	case -ENOSPC:		/* the pool is full */
+	case -ENOMEM:
+		vssd_back_off(vssd);
+		break;
+	case -EINTR:		/* stopping */
+		break;
+	default:
+		dev_err(&vssd->vdev->dev,
+			"the device breaks the protocol (%d): no more resizing until it is bound again\n",
+			rc);
+		vssd_set_state(vssd, VSSD_BROKEN);
+		vssd_fail_pull(vssd, rc);
+		break;
+	}
+}
+
+static void vssd_retry_work(struct work_struct *work)
+{
+	vssd_resize_kick(container_of(to_delayed_work(work), struct vssd, retry));
+}
+
+void vssd_retry_in(struct vssd *vssd, unsigned int ms)
+{
+	if (!vssd_stopping(vssd))
+		mod_delayed_work(vssd->wq, &vssd->retry, msecs_to_jiffies(ms));
+}
+
+static void vssd_poll_work(struct work_struct *work)
+{
+	struct vssd *vssd = container_of(to_delayed_work(work), struct vssd, poll);
+
+	if (!(++vssd->polls % VSSD_POLLS_PER_AGEING))
+		vssd_blocks_age(&vssd->blocks);
+	set_bit(VSSD_F_POLL_DUE, &vssd->flags);
+	vssd_resize_kick(vssd);
+	if (!vssd_stopping(vssd))
+		queue_delayed_work(vssd->wq, &vssd->poll, VSSD_POLL_INTERVAL);
+}
+
+/* ---- life ---- */
+
+int vssd_resize_init(struct vssd *vssd)
+{
+	/* Parked requests wait for the work item, and memory may wait for them. */
+	vssd->wq = alloc_ordered_workqueue("vssd-%s", WQ_MEM_RECLAIM, dev_name(&vssd->vdev->dev));
+	if (!vssd->wq)
+		return -ENOMEM;
+	INIT_WORK(&vssd->work, vssd_resize_work);
+	INIT_DELAYED_WORK(&vssd->retry, vssd_retry_work);
+	INIT_DEFERRABLE_WORK(&vssd->poll, vssd_poll_work);
+	return 0;
+}
+
+/* Begins to converge. */
+void vssd_resize_start(struct vssd *vssd)
+{
+	vssd->live = true;
+	queue_delayed_work(vssd->wq, &vssd->poll, VSSD_POLL_INTERVAL);
+	vssd_resize_kick(vssd);
+}
+
+/**
+ * vssd_resize_stop - let the work item leave and keep it from coming back
+ * @vssd: the disk
+ *
+ * Afterwards nothing is fenced and no request is parked. A message or a WAIT may still be with the
+ * device. If the work item waits for I/O that never ends, so does this: see vssd_watchdog().
+ */
+void vssd_resize_stop(struct vssd *vssd)
+{
+	set_bit(VSSD_F_STOPPING, &vssd->flags);
+	wake_up_all(&vssd->chan_wait);
+	wake_up_all(&vssd->drain_wait);
+	cancel_work_sync(&vssd->work);
+	/* Nobody arms these any more. Should they wake the work item, it returns at once. */
+	cancel_delayed_work_sync(&vssd->poll);
+	cancel_delayed_work_sync(&vssd->retry);
+	vssd_fail_pull(vssd, -ENODEV);
+}
