@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -18,6 +19,9 @@ use crate::{paths, process};
 pub const RELEASE: &str = "bookworm";
 /// Its backports suite.
 pub const BACKPORTS: &str = "bookworm-backports";
+
+/// Older lists may name packages that the mirror has replaced since.
+const LISTS_AGE: Duration = Duration::from_secs(12 * 3600);
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
@@ -74,7 +78,7 @@ fn private_sources(system: &[Source]) -> Result<String> {
 }
 
 impl PrivateApt {
-    /// Sets the state folder up and reads the package lists if it has none yet.
+    /// Sets the state folder up and reads the package lists if it has none of today.
     pub fn open() -> Result<Self> {
         let dir = paths::cache_dir()?.join("apt");
         for sub in ["state/lists/partial", "cache/archives/partial", "parts"] {
@@ -98,7 +102,9 @@ impl PrivateApt {
                  APT::Sandbox::User \"root\";\n"
             ),
         )?;
-        if !apt.dir.join("updated").exists() {
+        let age = fs::metadata(apt.dir.join("updated")).and_then(|meta| meta.modified());
+        let fresh = age.is_ok_and(|time| time.elapsed().is_ok_and(|age| age < LISTS_AGE));
+        if !fresh {
             apt.update()?;
         }
         Ok(apt)
@@ -165,17 +171,10 @@ impl PrivateApt {
     /// Downloads `packages` (`name` or `name=version`) and unpacks them all below `into`.
     pub fn unpack(&self, packages: &[String], into: &Path) -> Result<()> {
         let debs = tempfile::Builder::new().prefix("debs-").tempdir_in(&self.dir)?;
-        let fetch = || -> Result<()> {
-            let mut command = self.command("apt-get")?;
-            command.current_dir(debs.path()).args(["download", "-q"]).args(packages);
-            process::run(&mut command).map(drop)
-        };
         eprintln!("fetching {}", packages.join(" "));
-        if fetch().is_err() {
-            // The lists may be older than the mirror's pool.
-            self.update()?;
-            fetch()?;
-        }
+        let mut download = self.command("apt-get")?;
+        download.current_dir(debs.path()).args(["download", "-q"]).args(packages);
+        process::run(&mut download)?;
         let mut found = 0;
         for deb in fs::read_dir(debs.path())? {
             let deb = deb?.path();

@@ -52,7 +52,7 @@ impl Guest {
             Ok(agent.boots() >= boot)
         });
         self.boot_time = self.started.elapsed();
-        waited.with_context(|| format!("the guest's console ends with:\n{}", tail(&self.console(), 30)))
+        waited.with_context(|| self.console_tail(30))
     }
 
     /// An error if the machine has ended or its kernel has panicked.
@@ -64,7 +64,7 @@ impl Guest {
         if self.console().contains("Kernel panic") {
             // Its report takes a moment on an emulated serial port; without its end it is still worth showing.
             let _ = Deadline::secs(3).until("the report", || Ok(self.console().contains("end Kernel panic")));
-            bail!("the guest's kernel panicked:\n{}", tail(&self.console(), 50));
+            bail!("the guest's kernel panicked: {}", self.console_tail(50));
         }
         Ok(())
     }
@@ -206,9 +206,14 @@ impl Guest {
             .unwrap_or_default()
     }
 
-    /// Where the console is logged.
+    /// Where the console is logged; the file outlives the guest.
     pub fn console_path(&self) -> &Path {
         &self.parts.console
+    }
+
+    fn console_tail(&self, lines: usize) -> String {
+        let path = self.parts.console.display();
+        format!("the console ({path}) ends with:\n{}", tail(&self.console(), lines))
     }
 
     /// Lines of the console in which the kernel complains about itself, or about a task that hangs. A disk's I/O
@@ -223,7 +228,7 @@ impl Guest {
         if found.is_empty() {
             return Ok(());
         }
-        bail!("the guest's kernel complained: {}\n{}", found.join("; "), tail(&self.console(), 60));
+        bail!("the guest's kernel complained: {}\n{}", found.join("; "), self.console_tail(60));
     }
 }
 

@@ -58,6 +58,9 @@ const ETC: &[(&str, &str)] = &[
     ("etc/profile", "export PATH=/tools:/usr/sbin:/usr/bin:/sbin:/bin PS1='guest# '\n"),
 ];
 
+/// How many images stay in the cache.
+const KEEP: usize = 12;
+
 const INIT: &str = include_str!("init.sh");
 
 /// What to put into an image.
@@ -153,7 +156,8 @@ impl ImageBuilder {
                 let partial = initramfs.with_extension("partial");
                 fs::write(&partial, inputs.pack(&self.kernel)?)?;
                 fs::rename(&partial, &initramfs)?;
-                prune(&dir, &initramfs)?;
+                // Each change of the driver makes another.
+                paths::keep_newest(&dir, "cpio", KEEP)?;
             }
         }
         Ok(GuestImage { kernel: self.kernel, initramfs })
@@ -355,25 +359,6 @@ fn busybox() -> Result<PathBuf> {
         .map(|path| root.join(path))
         .find(|path| path.exists())
         .with_context(|| format!("no busybox in {}", root.display()))
-}
-
-/// Keeps the newest images; each change of the driver makes another.
-fn prune(dir: &Path, keep: &Path) -> Result<()> {
-    const KEEP: usize = 12;
-    let mut images = Vec::new();
-    for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|ext| ext == "cpio") && path != keep {
-            images.push((fs::metadata(&path)?.modified()?, path));
-        }
-    }
-    images.sort();
-    images.reverse();
-    for (_, path) in images.iter().skip(KEEP) {
-        // A guest that boots from it right now has it open already or fails clearly.
-        let _ = fs::remove_file(path);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

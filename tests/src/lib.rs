@@ -33,8 +33,9 @@
 //! (elsewhere with `VSSD_GUEST_CACHE`), never installed. Remove that folder to fetch newer ones.
 //!
 //! Each guest takes two processors and half a gigabyte, so a test that boots one starts with
-//! [`serial::guest_slot`]; they then run one at a time also within one test program. `VSSD_KEEP_SCRATCH=1` keeps
-//! consoles and logs. What this does not know: what a vSSD is. Scenarios in `tests/` say that.
+//! [`serial::guest_slot`]; they then run one at a time also within one test program. The consoles of the latest
+//! guests stay in `target/guest-cache/consoles`; `VSSD_KEEP_SCRATCH=1` keeps the daemons' files and logs too.
+//! What this does not know: what a vSSD is. Scenarios in `tests/` say that.
 
 pub mod agent;
 pub mod apt;

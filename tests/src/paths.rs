@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::env;
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -39,7 +39,7 @@ pub fn cache_dir() -> Result<PathBuf> {
         Some(dir) => PathBuf::from(dir),
         None => profile_dir()?.parent().context("a profile folder has a parent")?.join("guest-cache"),
     };
-    std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     Ok(dir)
 }
 
@@ -96,4 +96,42 @@ pub fn find_tool(name: &str) -> Option<PathBuf> {
 /// As [`find_tool`], with an error that names the remedy.
 pub fn tool(name: &str) -> Result<PathBuf> {
     find_tool(name).with_context(|| format!("{name} is not installed; run: cargo xtask setup"))
+}
+
+/// Removes all but the `keep` newest files of a folder that end in `.extension`.
+pub fn keep_newest(dir: &Path, extension: &str, keep: usize) -> Result<()> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|found| found == extension) {
+            // Another process may be at the same.
+            if let Ok(time) = fs::metadata(&path).and_then(|meta| meta.modified()) {
+                files.push((time, path));
+            }
+        }
+    }
+    files.sort();
+    for (_, path) in files.iter().rev().skip(keep) {
+        let _ = fs::remove_file(path);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, SystemTime};
+
+    #[test]
+    fn the_oldest_files_of_a_kind_go() {
+        let dir = tempfile::tempdir().unwrap();
+        for (age, name) in [(30, "old.log"), (20, "middle.log"), (10, "new.log"), (40, "other.txt")] {
+            let file = File::create(dir.path().join(name)).unwrap();
+            file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
+        }
+        keep_newest(dir.path(), "log", 2).unwrap();
+        let left = |name: &str| dir.path().join(name).exists();
+        assert!(left("new.log") && left("middle.log") && left("other.txt"));
+        assert!(!left("old.log"));
+    }
 }

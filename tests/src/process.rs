@@ -2,7 +2,7 @@
 //! Child processes that never outlive the test: killed on drop, and by the kernel if the test process dies.
 
 use std::io;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
@@ -23,7 +23,7 @@ pub fn run(command: &mut Command) -> Result<String> {
         if said.trim().is_empty() {
             said = String::from_utf8_lossy(&output.stdout).into_owned();
         }
-        bail!("`{line}` ended with {}:\n{}", status(output.status), tail(&said, 40));
+        bail!("`{line}` ended with {}:\n{}", output.status, tail(&said, 40));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -42,14 +42,6 @@ pub fn describe(command: &Command) -> String {
 pub fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")
-}
-
-fn status(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit code {code}"),
-        (None, Some(signal)) => format!("signal {signal}"),
-        (None, None) => "no status".to_owned(),
-    }
 }
 
 /// A background process of a test.
@@ -111,7 +103,7 @@ impl Daemon {
     /// Fails if the process has ended.
     pub fn expect_running(&mut self) -> Result<()> {
         match self.ended()? {
-            Some(how) => bail!("{} ended with {}", self.name, status(how)),
+            Some(how) => bail!("{} ended with {how}", self.name),
             None => Ok(()),
         }
     }

@@ -30,6 +30,9 @@ pub const ACCEL_ENV: &str = "VSSD_ACCEL";
 /// In hardware a guest boots in a second or two.
 const KVM_BOOT: Duration = Duration::from_secs(8);
 
+/// How many guests' consoles stay in the cache.
+const CONSOLES: usize = 50;
+
 /// How the guest's processors run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accel {
@@ -281,8 +284,7 @@ impl Qemu {
     fn boot_with(&self, accel: Accel) -> Result<Guest> {
         let scratch = Scratch::new()?;
         let (qmp, agent) = (scratch.join("qmp"), scratch.join("agent"));
-        let console = scratch.join("console.log");
-        File::create(&console)?;
+        let console = console_log()?;
         // QEMU connects to us, so that no byte of either side can come before the connection.
         let qmp_listener = UnixListener::bind(&qmp)?;
         let agent_listener = UnixListener::bind(&agent)?;
@@ -325,6 +327,16 @@ impl Qemu {
         guest.wait_ready(1)?;
         Ok(guest)
     }
+}
+
+/// A new file for a guest's console. It outlives the guest, to be read when a test has failed.
+fn console_log() -> Result<PathBuf> {
+    let dir = paths::cache_dir()?.join("consoles");
+    fs::create_dir_all(&dir)?;
+    paths::keep_newest(&dir, "log", CONSOLES)?;
+    let file = tempfile::Builder::new().prefix("guest-").suffix(".log").tempfile_in(&dir)?;
+    let (_, path) = file.keep()?;
+    Ok(path)
 }
 
 /// The accelerator of this machine, probed once per boot of the host.
