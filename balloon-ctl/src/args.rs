@@ -63,7 +63,7 @@ pub(crate) struct GlobalArgs {
     pub(crate) quiet: bool,
     /// Give up when the daemon does not answer within this time [default: 10s]; a command that waits for
     /// a job waits no longer than this [default: without limit]
-    #[arg(long, global = true, value_name = "SECONDS")]
+    #[arg(long, global = true, value_name = "SECONDS", value_parser = some_time)]
     pub(crate) timeout: Option<Millis>,
 }
 
@@ -367,6 +367,14 @@ where
 {
     PossibleValuesParser::new(words)
         .try_map(|text| serde_json::from_value::<T>(serde_json::Value::String(text)))
+}
+
+fn some_time(text: &str) -> Result<Millis, String> {
+    match text.parse::<Millis>() {
+        Ok(Millis(0)) => Err("it takes some time to answer".to_owned()),
+        Ok(time) => Ok(time),
+        Err(err) => Err(err.to_string()),
+    }
 }
 
 fn new_name(text: &str) -> Result<String, String> {

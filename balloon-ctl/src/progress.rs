@@ -59,9 +59,9 @@ impl Drop for Progress<'_> {
 
 fn bar_style() -> ProgressStyle {
     let template = if has_colour(&io::stderr()) {
-        "  {prefix:.cyan} [{bar:24.cyan}] {msg}  {elapsed}"
+        "  {prefix:.cyan} [{bar:24.cyan}] {elapsed}  {wide_msg}"
     } else {
-        "  {prefix} [{bar:24}] {msg}  {elapsed}"
+        "  {prefix} [{bar:24}] {elapsed}  {wide_msg}"
     };
     ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())

@@ -113,7 +113,7 @@ impl fmt::Display for Millis {
             1..1000 => write!(f, "{ms} ms"),
             1000..10_000 if !ms.is_multiple_of(1000) => write!(f, "{seconds}.{} s", ms % 1000 / 100),
             1000..120_000 => write!(f, "{seconds} s"),
-            120_000..7_200_000 => write!(f, "{} min {} s", seconds / 60, seconds % 60),
+            120_000..3_600_000 => write!(f, "{} min {} s", seconds / 60, seconds % 60),
             _ => write!(f, "{} h {} min", seconds / 3600, seconds / 60 % 60),
         }
     }
@@ -185,7 +185,7 @@ mod tests {
             (31_400, "31 s"),
             (60_000, "60 s"),
             (125_000, "2 min 5 s"),
-            (7_380_000, "2 h 3 min"),
+            (3_725_000, "1 h 2 min"),
         ] {
             assert_eq!(Millis(ms).to_string(), text);
         }

@@ -75,7 +75,7 @@ impl Session {
             Command::Job(JobCommand::Wait { id }) => job::wait(self, id),
             Command::Events { follow, since, types } => events::run(self, follow, since, &types),
             Command::Pool(PoolCommand::Status) => pool::status(self),
-            Command::Pool(offline) => pool::run_offline(offline),
+            Command::Pool(offline) => pool::run_offline(self, offline),
             Command::AttachInfo { name, vmm, queues, memory } => {
                 attach::run(self, name, vmm, attach::Options { queues, memory })
             }

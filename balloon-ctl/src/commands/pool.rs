@@ -71,13 +71,13 @@ pub(super) fn status(session: &Session) -> Result<()> {
 }
 
 /// Becomes `vssd-backend pool …`; returns only when that fails.
-pub(super) fn run_offline(command: PoolCommand) -> Result<()> {
+pub(super) fn run_offline(session: &Session, command: PoolCommand) -> Result<()> {
     let program = find_backend();
-    let source = Command::new(&program).arg("pool").args(offline_args(command)).exec();
+    let source = Command::new(&program).arg("pool").args(offline_args(command, session.out.json)).exec();
     Err(CtlError::Local { what: format!("cannot run {}", program.display()), source })
 }
 
-fn offline_args(command: PoolCommand) -> Vec<OsString> {
+fn offline_args(command: PoolCommand, json: bool) -> Vec<OsString> {
     let mut args: Vec<OsString> = Vec::new();
     match command {
         PoolCommand::Create { nvram, ssd, block_size, name, overcommit, force } => {
@@ -99,6 +99,10 @@ fn offline_args(command: PoolCommand) -> Vec<OsString> {
         }
         PoolCommand::Check { files } => {
             args.push("check".into());
+            if json {
+                args.push("--json".into());
+            }
+            args.push("--".into());
             args.extend(files);
         }
         PoolCommand::Status => args.push("status".into()),
@@ -127,12 +131,11 @@ mod tests {
             force: true,
         };
         assert_eq!(
-            offline_args(create),
+            offline_args(create, true),
             ["create", "--nvram", "/dev/shm/nv:64M", "--block-size", "64K", "--overcommit", "150", "--force"]
         );
-        assert_eq!(
-            offline_args(PoolCommand::Check { files: vec!["a b".into(), "c".into()] }),
-            ["check", "a b", "c"]
-        );
+        let check = || PoolCommand::Check { files: vec!["a b".into(), "-c".into()] };
+        assert_eq!(offline_args(check(), false), ["check", "--", "a b", "-c"]);
+        assert_eq!(offline_args(check(), true), ["check", "--json", "--", "a b", "-c"]);
     }
 }

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The built command against a scripted peer on a real socket: what it asks, what it prints, how it ends.
+
+mod devices;
+mod doctor;
+mod failures;
+mod fixtures;
+mod offline;
+mod peer;
+mod pool_events;
+mod resize;
+mod server;
+mod terminal;
