@@ -3,7 +3,7 @@
 //! Sizes and times as an operator writes them: `20G`, `+2G`, `-2G`, `min`, `max`; `90`, `500ms`, `5m`.
 //!
 //! Pure: knows neither command lines nor devices. Plain sizes are
-//! [`ByteCount`](vssd_protocol::units::ByteCount)'s business.
+//! [`ByteCount`]'s business.
 
 use std::fmt;
 use std::str::FromStr;

@@ -2,6 +2,9 @@
 
 //! The built command against a scripted peer on a real socket: what it asks, what it prints, how it ends.
 
+// Helpers of tests fail by panicking, as tests do.
+#![expect(clippy::unwrap_used)]
+
 mod devices;
 mod doctor;
 mod failures;
