@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Verified I/O in a guest while its disk shrinks and grows and while its daemon is killed.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use vssd_tests::agent::Job;
+use vssd_tests::guest::Guest;
+use vssd_tests::image::ImageBuilder;
+use vssd_tests::kernel::Kernel;
+use vssd_tests::paths;
+use vssd_tests::qemu::{Qemu, QemuBinary, VhostUserDisk};
+use vssd_tests::scenario::{self, Disk, Medium, PoolHost, blocks};
+use vssd_tests::scratch::Scratch;
+use vssd_tests::serial::guest_slot;
+
+const NAME: &str = "vm1";
+const SEED: u64 = 0x10ad;
+
+fn boot(qemu: QemuBinary, socket: &Path) -> Result<Guest> {
+    let kernel = Kernel::debian()?;
+    let tool = paths::artifact("vssd-tests", "guest_blocks")?;
+    let image =
+        ImageBuilder::new(&kernel).file("/tools/guest_blocks", &tool).tool("fio").driver()?.build()?;
+    Qemu::new(qemu, &image).memory_mib(768).disk(VhostUserDisk::new(socket)).boot()
+}
+
+/// Starts fio on the first half of the disk, which stays plugged: random writes and reads of mixed sizes, each read checked
+/// against the checksum in it. Runs until told to stop; its exit code says whether anything was wrong.
+fn start_load(guest: &mut Guest, disk: &Disk) -> Result<Job> {
+    let half = disk.total_blocks / 2 * disk.block_size;
+    guest.ok("rm -f /tmp/stop")?;
+    guest.spawn(&format!(
+        "while ! test -e /tmp/stop; do \
+           fio --name=verify --filename=/dev/{} --size={half} --io_size=16M --rw=randwrite --bsrange=4k-64k \
+             --direct=1 --ioengine=libaio --iodepth=32 --verify=crc32c --verify_fatal=1 --do_verify=1 \
+             --verify_backlog=64 --randrepeat=0 --norandommap=0 --thread --minimal || exit 1; \
+           rounds=$((rounds + 1)); \
+         done; echo rounds $rounds",
+        disk.name
+    ))
+}
+
+fn end_load(guest: &mut Guest, load: &Job) -> Result<u64> {
+    guest.ok("touch /tmp/stop")?;
+    let out = guest.wait(load, Duration::from_secs(120))?;
+    ensure!(out.success(), "verified I/O failed: {}\n{}", out.text(), out.errors());
+    let text = out.text();
+    let rounds = text.lines().rev().find_map(|line| line.strip_prefix("rounds ")).unwrap_or("0");
+    let rounds = rounds.parse()?;
+    ensure!(rounds > 0, "the load did not run a single round");
+    Ok(rounds)
+}
+
+#[test]
+fn verified_io_runs_through_50_shrinks_and_grows_without_an_error() -> Result<()> {
+    let _slot = guest_slot()?;
+    let scratch = Scratch::new()?;
+    let mut host = PoolHost::new(&scratch, Medium::Nvram, "300M")?;
+    let socket = host.create(NAME, &["--size", "256M"])?;
+    let mut guest = boot(QemuBinary::debian()?, &socket)?;
+    let disk = scenario::bind(&mut guest, 0)?;
+    let load = start_load(&mut guest, &disk)?;
+    let half = disk.total_blocks / 2;
+    let started = Instant::now();
+    for cycle in 0..50 {
+        let start = half + (cycle * 37) % (half / 2);
+        disk.hint(&mut guest, &[(start, half / 4)])?;
+        let bytes = (half / 4 * disk.block_size).to_string();
+        host.ctl.ok(&["shrink", NAME, &bytes, "--wait"])?;
+        ensure!(blocks(&host.evicted(NAME)?) == half / 4, "cycle {cycle}");
+        host.ctl.ok(&["grow", NAME, &bytes, "--wait"])?;
+    }
+    let took = started.elapsed();
+    let rounds = end_load(&mut guest, &load)?;
+    disk.wait_plugged(&mut guest, disk.total_blocks)?;
+    println!("PASS 50 cycles under load … {:.1} s, {rounds} rounds of fio, no error", took.as_secs_f64());
+    guest.expect_quiet_kernel()?;
+    guest.power_off()?;
+    host.finish()
+}
+
+#[test]
+fn killing_the_daemon_under_load_costs_no_request_and_no_byte() -> Result<()> {
+    let _slot = guest_slot()?;
+    let scratch = Scratch::new()?;
+    let mut host = PoolHost::new(&scratch, Medium::Nvram, "300M")?;
+    let socket = host.create(NAME, &["--size", "256M"])?;
+    let mut guest = boot(QemuBinary::backports()?, &socket)?;
+    let disk = scenario::bind(&mut guest, 0)?;
+    let half = disk.total_blocks / 2;
+    disk.fill(&mut guest, SEED, &[(half, half)])?;
+    let load = start_load(&mut guest, &disk)?;
+    let mut evicted = 0;
+    for kill in 0..5 {
+        // Every kill hits a shrink in progress: only part of what is asked for is hinted at first.
+        let start = half + kill * 256;
+        disk.hint(&mut guest, &[(start, 64)])?;
+        let bytes = (128 * disk.block_size).to_string();
+        host.ctl.ok(&["shrink", NAME, &bytes, "--no-wait", "--deadline", "300s"])?;
+        host.daemon.kill()?;
+        std::thread::sleep(Duration::from_millis(200 * kill));
+        host.daemon.start()?;
+        disk.hint(&mut guest, &[(start, 64), (start + 64, 64)])?;
+        evicted += 128;
+        disk.wait_plugged(&mut guest, disk.total_blocks - evicted)?;
+        ensure!(blocks(&host.evicted(NAME)?) == evicted, "kill {kill}");
+    }
+    let rounds = end_load(&mut guest, &load)?;
+    let guests = scenario::normal(disk.evicted(&mut guest)?);
+    ensure!(guests == scenario::normal(host.evicted(NAME)?), "the two sides disagree");
+    println!("PASS 5 kills under load and in mid-shrink … {rounds} rounds of fio, no error");
+    guest.expect_quiet_kernel()?;
+    guest.power_off()?;
+    host.finish()
+}
