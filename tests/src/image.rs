@@ -157,7 +157,7 @@ impl ImageBuilder {
                 fs::write(&partial, inputs.pack(&self.kernel)?)?;
                 fs::rename(&partial, &initramfs)?;
                 // Each change of the driver makes another.
-                paths::keep_newest(&dir, "cpio", KEEP)?;
+                paths::keep_newest(&dir, ".cpio", KEEP)?;
             }
         }
         Ok(GuestImage { kernel: self.kernel, initramfs })

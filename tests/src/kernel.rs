@@ -14,6 +14,9 @@ use sha2::{Digest, Sha256};
 use crate::apt::{self, PrivateApt};
 use crate::{paths, process};
 
+/// How many built modules stay in the cache.
+const KEEP: usize = 12;
+
 /// An unpacked kernel.
 #[derive(Debug, Clone)]
 pub struct Kernel {
@@ -101,7 +104,9 @@ impl Kernel {
         }
         let key = crate::hex(&digest.finalize()[..8]);
         let what = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        fs::create_dir_all(paths::cache_dir()?.join("modules"))?;
+        let modules = paths::cache_dir()?.join("modules");
+        fs::create_dir_all(&modules)?;
+        paths::keep_newest(&modules, "", KEEP)?;
         apt::cached_tree(&format!("modules/{what}-{}-{key}", self.release), |into| {
             for (name, source) in &files {
                 let path = into.join(name);

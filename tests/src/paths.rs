@@ -98,21 +98,23 @@ pub fn tool(name: &str) -> Result<PathBuf> {
     find_tool(name).with_context(|| format!("{name} is not installed; run: cargo xtask setup"))
 }
 
-/// Removes all but the `keep` newest files of a folder that end in `.extension`.
-pub fn keep_newest(dir: &Path, extension: &str, keep: usize) -> Result<()> {
-    let mut files = Vec::new();
+/// Removes all but the `keep` newest entries of a folder whose name ends in `suffix`.
+pub fn keep_newest(dir: &Path, suffix: &str, keep: usize) -> Result<()> {
+    let mut entries = Vec::new();
     for entry in fs::read_dir(dir)? {
         let path = entry?.path();
-        if path.extension().is_some_and(|found| found == extension) {
+        if path.to_string_lossy().ends_with(suffix) {
             // Another process may be at the same.
-            if let Ok(time) = fs::metadata(&path).and_then(|meta| meta.modified()) {
-                files.push((time, path));
+            if let Ok(meta) = fs::metadata(&path)
+                && let Ok(time) = meta.modified()
+            {
+                entries.push((time, meta.is_dir(), path));
             }
         }
     }
-    files.sort();
-    for (_, path) in files.iter().rev().skip(keep) {
-        let _ = fs::remove_file(path);
+    entries.sort();
+    for (_, is_dir, path) in entries.iter().rev().skip(keep) {
+        let _ = if *is_dir { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     }
     Ok(())
 }
@@ -129,7 +131,7 @@ mod tests {
             let file = File::create(dir.path().join(name)).unwrap();
             file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
         }
-        keep_newest(dir.path(), "log", 2).unwrap();
+        keep_newest(dir.path(), ".log", 2).unwrap();
         let left = |name: &str| dir.path().join(name).exists();
         assert!(left("new.log") && left("middle.log") && left("other.txt"));
         assert!(!left("old.log"));

@@ -4,6 +4,7 @@
 //! KVM is used where it really boots a guest, else emulation. Override with `VSSD_ACCEL=kvm` or `tcg`.
 
 use std::env;
+use std::fmt;
 use std::fs::{self, File};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -48,6 +49,15 @@ impl Accel {
             Self::Kvm => "kvm",
             Self::Tcg => "tcg",
         }
+    }
+}
+
+impl fmt::Display for Accel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "KVM",
+            Self::Tcg => "emulated processors (no working KVM here)",
+        })
     }
 }
 
@@ -333,7 +343,7 @@ impl Qemu {
 fn console_log() -> Result<PathBuf> {
     let dir = paths::cache_dir()?.join("consoles");
     fs::create_dir_all(&dir)?;
-    paths::keep_newest(&dir, "log", CONSOLES)?;
+    paths::keep_newest(&dir, ".log", CONSOLES)?;
     let file = tempfile::Builder::new().prefix("guest-").suffix(".log").tempfile_in(&dir)?;
     let (_, path) = file.keep()?;
     Ok(path)

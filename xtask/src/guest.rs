@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
-use vssd_tests::image::{GuestImage, ImageBuilder};
+use vssd_tests::image::ImageBuilder;
 use vssd_tests::kernel::Kernel;
 use vssd_tests::qemu::{Qemu, QemuBinary, VhostUserDisk};
 use vssd_tests::setup;
@@ -92,17 +92,4 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         eprintln!("the kernel complained: {complaint}");
     }
     guest.expect_quiet_kernel()
-}
-
-/// Boots a stock guest and asks it for its name: the least that shows that guests work here.
-pub(crate) fn smoke() -> Result<()> {
-    let image = GuestImage::stock(&Kernel::debian()?)?;
-    let mut guest = Qemu::new(QemuBinary::debian()?, &image).boot()?;
-    println!(
-        "{} booted in {:.1} s ({:?})",
-        guest.ok("uname -sr")?,
-        guest.boot_time().as_secs_f64(),
-        guest.accel()
-    );
-    guest.power_off()
 }

@@ -11,6 +11,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use vssd_tests::image::GuestImage;
+use vssd_tests::kernel::Kernel;
+use vssd_tests::qemu;
 
 use crate::stages::Stages;
 
@@ -65,8 +68,13 @@ fn run(command: &Command) -> Result<()> {
 fn demo() -> Result<()> {
     let mut stages = Stages::new();
     stages.run("set up", vssd_tests::setup::ensure)?;
-    stages.run("build", || stages::build_binaries(&[]))?;
-    stages.run("demo", guest::smoke)?;
+    stages.run("build", || stages::build_binaries(&["--quiet"]))?;
+    stages.run("guest kernel and driver", || {
+        GuestImage::with_driver(&Kernel::debian()?)?;
+        eprintln!("guests run on {}", qemu::probed_accel());
+        Ok(())
+    })?;
+    stages.run("demo", vssd_tests::demo::run)?;
     stages.finish();
     Ok(())
 }
