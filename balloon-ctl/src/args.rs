@@ -331,33 +331,36 @@ pub(crate) enum PoolCommand {
     /// Show how full the pool is and the state of its media
     Status,
     /// Make a pool on a file or block device (runs `vssd-backend pool create`)
-    #[command(group = clap::ArgGroup::new("medium").required(true).multiple(true))]
-    Create {
-        /// NV-RAM medium: a file on a DAX mount, tmpfs or hugetlbfs, or a pmem device; the size makes the file
-        #[arg(long, value_name = "FILE[:SIZE]", group = "medium")]
-        nvram: Option<OsString>,
-        /// SSD medium: a file or a block device; the size makes the file
-        #[arg(long, value_name = "FILE[:SIZE]", group = "medium")]
-        ssd: Option<OsString>,
-        /// The unit in which vSSDs grow and shrink, 4K to 2M [default: 64K]
-        #[arg(long, value_name = "SIZE")]
-        block_size: Option<OsString>,
-        /// Name of the pool
-        #[arg(long)]
-        name: Option<OsString>,
-        /// How much may be promised to vSSDs, in percent of the pool's size
-        #[arg(long, value_name = "PERCENT")]
-        overcommit: Option<OsString>,
-        /// Even if the media hold a pool or other data
-        #[arg(long)]
-        force: bool,
-    },
+    Create(PoolCreateArgs),
     /// Check a pool that no daemon uses (runs `vssd-backend pool check`)
     Check {
         /// The media of the pool
         #[arg(required = true, value_name = "FILE")]
         files: Vec<OsString>,
     },
+}
+
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("medium").required(true).multiple(true))]
+pub(crate) struct PoolCreateArgs {
+    /// NV-RAM medium: a file on a DAX mount, tmpfs or hugetlbfs, or a pmem device; the size makes the file
+    #[arg(long, value_name = "FILE[:SIZE]", group = "medium")]
+    pub(crate) nvram: Option<OsString>,
+    /// SSD medium: a file or a block device; the size makes the file
+    #[arg(long, value_name = "FILE[:SIZE]", group = "medium")]
+    pub(crate) ssd: Option<OsString>,
+    /// The unit in which vSSDs grow and shrink, 4K to 2M [default: 64K]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) block_size: Option<OsString>,
+    /// Name of the pool
+    #[arg(long)]
+    pub(crate) name: Option<OsString>,
+    /// How much may be promised to vSSDs, in percent of the pool's size
+    #[arg(long, value_name = "PERCENT")]
+    pub(crate) overcommit: Option<OsString>,
+    /// Even if the media hold a pool or other data
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 /// Parses one of `words` as serde spells `T`, so that each word exists once, in the protocol.

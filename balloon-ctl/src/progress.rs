@@ -77,7 +77,8 @@ fn moved(job: &JobInfo) -> u64 {
     }
 }
 
-/// `7.1 GiB of 12 GiB, 410 MiB/s, 12 s left`; the rate is that of the whole job, so that it does not jump.
+/// `7.1 GiB of 12 GiB, 410 MiB/s, 12 s left (what it waits for)`; the rate is that of the whole job, so that
+/// it does not jump.
 fn numbers(out: &Output, job: &JobInfo) -> String {
     let (moved, total) = (moved(job), job.from_bytes.abs_diff(job.target_bytes));
     let mut text = format!("{} of {}", out.size(moved), out.size(total));
@@ -89,6 +90,9 @@ fn numbers(out: &Output, job: &JobInfo) -> String {
             let left = Millis(left.div_ceil(1000).saturating_mul(1000));
             text = format!("{text}, {}/s, {left} left", out.size(rate));
         }
+    }
+    if !job.message.is_empty() {
+        text = format!("{text} ({})", job.message);
     }
     text
 }
@@ -133,6 +137,7 @@ mod tests {
             "4 GiB of 12 GiB, 512 MiB/s, 16 s left"
         );
         assert_eq!(numbers(&out, &job(0, u64::MAX, 1, u64::MAX)), "1 B of 15.9 EiB");
-        assert_eq!(numbers(&out, &job(5, 5, 5, 10)), "0 B of 0 B");
+        let waiting = JobInfo { message: "no driver yet".to_owned(), ..job(5, 5, 5, 10) };
+        assert_eq!(numbers(&out, &waiting), "0 B of 0 B (no driver yet)");
     }
 }

@@ -22,7 +22,7 @@ use crate::attach;
 use crate::client::Client;
 use crate::doctor;
 use crate::error::{CtlError, Result};
-use crate::output::Output;
+use crate::output::{Output, printable};
 
 const SYSTEM_SOCKET: &str = "/run/vssd/control.sock";
 const USER_SOCKET: &str = "vssd/control.sock";
@@ -75,7 +75,8 @@ impl Session {
             Command::Job(JobCommand::Wait { id }) => job::wait(self, id),
             Command::Events { follow, since, types } => events::run(self, follow, since, &types),
             Command::Pool(PoolCommand::Status) => pool::status(self),
-            Command::Pool(offline) => pool::run_offline(self, offline),
+            Command::Pool(PoolCommand::Create(args)) => pool::create(args),
+            Command::Pool(PoolCommand::Check { files }) => pool::check(self, files),
             Command::AttachInfo { name, vmm, queues, memory } => {
                 attach::run(self, name, vmm, attach::Options { queues, memory })
             }
@@ -90,8 +91,10 @@ impl Session {
 
     /// Asks on a terminal whether `question` is meant; elsewhere `--yes` has to say so.
     fn confirm(&self, question: &str) -> Result<()> {
-        eprint!("{} [y/N] ", crate::output::printable(question));
-        let _ = io::stderr().flush();
+        // Standard error is a terminal here; one that goes away leaves nobody to answer, which is a no.
+        let mut stderr = io::stderr().lock();
+        let _ = write!(stderr, "{} [y/N] ", printable(question)).and_then(|()| stderr.flush());
+        drop(stderr);
         let mut answer = String::new();
         io::stdin()
             .lock()

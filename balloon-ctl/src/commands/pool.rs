@@ -13,7 +13,7 @@ use serde_json::json;
 use vssd_protocol::control::{PoolStatus, method};
 
 use super::Session;
-use crate::args::PoolCommand;
+use crate::args::PoolCreateArgs;
 use crate::client::Answer;
 use crate::error::{CtlError, Result};
 
@@ -70,43 +70,48 @@ pub(super) fn status(session: &Session) -> Result<()> {
     )
 }
 
+pub(super) fn create(args: PoolCreateArgs) -> Result<()> {
+    become_backend(create_args(args))
+}
+
+pub(super) fn check(session: &Session, files: Vec<OsString>) -> Result<()> {
+    become_backend(check_args(session.out.json, files))
+}
+
 /// Becomes `vssd-backend pool …`; returns only when that fails.
-pub(super) fn run_offline(session: &Session, command: PoolCommand) -> Result<()> {
+fn become_backend(args: Vec<OsString>) -> Result<()> {
     let program = find_backend();
-    let source = Command::new(&program).arg("pool").args(offline_args(command, session.out.json)).exec();
+    let source = Command::new(&program).arg("pool").args(args).exec();
     Err(CtlError::Local { what: format!("cannot run {}", program.display()), source })
 }
 
-fn offline_args(command: PoolCommand, json: bool) -> Vec<OsString> {
-    let mut args: Vec<OsString> = Vec::new();
-    match command {
-        PoolCommand::Create { nvram, ssd, block_size, name, overcommit, force } => {
-            args.push("create".into());
-            for (option, value) in [
-                ("--nvram", nvram),
-                ("--ssd", ssd),
-                ("--block-size", block_size),
-                ("--name", name),
-                ("--overcommit", overcommit),
-            ] {
-                if let Some(value) = value {
-                    args.extend([option.into(), value]);
-                }
-            }
-            if force {
-                args.push("--force".into());
-            }
+fn create_args(given: PoolCreateArgs) -> Vec<OsString> {
+    let PoolCreateArgs { nvram, ssd, block_size, name, overcommit, force } = given;
+    let mut args = vec!["create".into()];
+    for (option, value) in [
+        ("--nvram", nvram),
+        ("--ssd", ssd),
+        ("--block-size", block_size),
+        ("--name", name),
+        ("--overcommit", overcommit),
+    ] {
+        if let Some(value) = value {
+            args.extend([option.into(), value]);
         }
-        PoolCommand::Check { files } => {
-            args.push("check".into());
-            if json {
-                args.push("--json".into());
-            }
-            args.push("--".into());
-            args.extend(files);
-        }
-        PoolCommand::Status => args.push("status".into()),
     }
+    if force {
+        args.push("--force".into());
+    }
+    args
+}
+
+fn check_args(json: bool, files: Vec<OsString>) -> Vec<OsString> {
+    let mut args = vec!["check".into()];
+    if json {
+        args.push("--json".into());
+    }
+    args.push("--".into());
+    args.extend(files);
     args
 }
 
@@ -114,28 +119,4 @@ fn offline_args(command: PoolCommand, json: bool) -> Vec<OsString> {
 fn find_backend() -> PathBuf {
     let sibling = env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(BACKEND)));
     sibling.filter(|path| path.is_file()).unwrap_or_else(|| Path::new(BACKEND).to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn options_of_offline_commands_pass_unchanged() {
-        let create = PoolCommand::Create {
-            nvram: Some("/dev/shm/nv:64M".into()),
-            ssd: None,
-            block_size: Some("64K".into()),
-            name: None,
-            overcommit: Some("150".into()),
-            force: true,
-        };
-        assert_eq!(
-            offline_args(create, true),
-            ["create", "--nvram", "/dev/shm/nv:64M", "--block-size", "64K", "--overcommit", "150", "--force"]
-        );
-        let check = || PoolCommand::Check { files: vec!["a b".into(), "-c".into()] };
-        assert_eq!(offline_args(check(), false), ["check", "--", "a b", "-c"]);
-        assert_eq!(offline_args(check(), true), ["check", "--json", "--", "a b", "-c"]);
-    }
 }

@@ -12,7 +12,8 @@ use super::{Session, device, job, require_terminal};
 use crate::args::ResizeArgs;
 use crate::client::Answer;
 use crate::error::{CtlError, Refusal, Result};
-use crate::size::SizeChange;
+use crate::output::Output;
+use crate::size::{Millis, SizeChange};
 
 pub(super) fn run(session: &Session, name: String, change: SizeChange, options: &ResizeArgs) -> Result<()> {
     let asks = options.force && !options.yes && !options.dry_run && !matches!(change, SizeChange::GrowBy(_));
@@ -20,11 +21,14 @@ pub(super) fn run(session: &Session, name: String, change: SizeChange, options: 
         require_terminal("--force")?;
     }
     let mut client = session.connect()?;
-    let now = match change {
-        SizeChange::To(_) if !asks => None,
-        _ => Some(device::fetch(&mut client, name.clone())?.typed),
+    let (size_bytes, expected_bytes, now) = match change {
+        SizeChange::To(bytes) if !asks => (bytes, None, None),
+        _ => {
+            let device = device::fetch(&mut client, name.clone())?.typed;
+            let (size, expected) = reckon(&session.out, change, &device)?;
+            (size, expected, Some(device))
+        }
     };
-    let (size_bytes, expected_bytes) = resolve(session, change, now.as_ref())?;
     if let Some(device) = now.filter(|device| asks && size_bytes < device.plugged_bytes) {
         let out = &session.out;
         session.confirm(&format!(
@@ -58,7 +62,11 @@ pub(super) fn run(session: &Session, name: String, change: SizeChange, options: 
         }
         return out.done(&format!("{summary}: job {}", accepted.id));
     }
-    out.note(&format!("job {}: {plan}", accepted.id));
+    let deadline = match accepted.deadline_ms {
+        None | Some(0) => String::new(),
+        Some(ms) => format!(", deadline {}", Millis(ms)),
+    };
+    out.note(&format!("job {}: {plan}{deadline}", accepted.id));
     let first = Answer { raw: answer.raw.get("job").cloned().unwrap_or(Value::Null), typed: accepted };
     let last = job::follow(session, &mut client, first)?;
     if out.json {
@@ -69,16 +77,9 @@ pub(super) fn run(session: &Session, name: String, change: SizeChange, options: 
     job::verdict(session, last.typed)
 }
 
-/// The size to ask for, and the requested size that it was reckoned from.
-fn resolve(session: &Session, change: SizeChange, now: Option<&DeviceInfo>) -> Result<(u64, Option<u64>)> {
-    let device = match (change, now) {
-        (SizeChange::To(bytes), _) => return Ok((bytes, None)),
-        (_, Some(device)) => device,
-        // `run` looks the vSSD up for every change that is not absolute.
-        (_, None) => return Err(CtlError::usage("a change needs something to change")),
-    };
+/// The size to ask for, and the requested size that it was reckoned from, where it depends on it.
+fn reckon(out: &Output, change: SizeChange, device: &DeviceInfo) -> Result<(u64, Option<u64>)> {
     let base = device.requested_bytes;
-    let out = &session.out;
     match change {
         SizeChange::To(bytes) => Ok((bytes, None)),
         SizeChange::ToMin => Ok((device.min_bytes, None)),

@@ -4,6 +4,8 @@
 
 // Helpers of tests fail by panicking, as tests do.
 #![expect(clippy::unwrap_used)]
+// Values of a script are made where they are given.
+#![expect(clippy::needless_pass_by_value)]
 
 mod devices;
 mod doctor;

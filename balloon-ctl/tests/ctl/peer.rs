@@ -122,7 +122,7 @@ impl Peer {
         self.stop.store(true, Ordering::Release);
         match self.thread.join().expect("the peer panicked") {
             Ok(played) => {
-                assert_eq!(played, self.steps, "requests that the script expects and the command made")
+                assert_eq!(played, self.steps, "requests that the script expects and the command made");
             }
             Err(complaint) => panic!("{complaint}"),
         }
