@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::agent::Agent;
 use crate::apt::{self, PrivateApt};
@@ -310,33 +310,34 @@ impl Qemu {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&stderr)?);
 
         let mut process = Daemon::spawn("qemu", command)?;
-        let connect = Deadline::secs(30);
-        let mut accept = |listener: &UnixListener, what: &str| -> Result<UnixStream> {
-            listener.set_nonblocking(true)?;
-            let stream = connect.poll(what, || {
-                if let Err(error) = process.expect_running() {
-                    let said = fs::read_to_string(&stderr).unwrap_or_default();
-                    bail!("{error}: {}", tail(&said, 10));
-                }
-                Ok(listener.accept().ok())
-            })?;
-            stream.0.set_nonblocking(false)?;
-            Ok(stream.0)
-        };
-        let control = accept(&qmp_listener, "QEMU's control connection")?;
-        let port = accept(&agent_listener, "QEMU's agent connection")?;
-        let mut guest = Guest::new(Parts {
-            process,
-            qmp: Qmp::new(control)?,
-            agent: Agent::new(port)?,
-            scratch,
-            console,
-            boot_limit: self.limit,
-            accel,
-        });
+        let connected = connect(&mut process, &qmp_listener, &agent_listener);
+        let (qmp, agent) = connected.with_context(|| {
+            let said = fs::read_to_string(&stderr).unwrap_or_default();
+            format!("QEMU did not start: {}", tail(&said, 10))
+        })?;
+        let mut guest =
+            Guest::new(Parts { process, qmp, agent, scratch, console, boot_limit: self.limit, accel });
         guest.wait_ready(1)?;
         Ok(guest)
     }
+}
+
+/// Takes QEMU's two connections.
+fn connect(process: &mut Daemon, qmp: &UnixListener, agent: &UnixListener) -> Result<(Qmp, Agent)> {
+    let deadline = Deadline::secs(30);
+    let mut accept = |listener: &UnixListener, what: &str| -> Result<UnixStream> {
+        listener.set_nonblocking(true)?;
+        let (stream, _) = deadline.poll(what, || {
+            process.expect_running()?;
+            Ok(listener.accept().ok())
+        })?;
+        stream.set_nonblocking(false)?;
+        Ok(stream)
+    };
+    let qmp = accept(qmp, "QEMU's control connection")?;
+    let agent = accept(agent, "QEMU's agent connection")?;
+    // QEMU greets only when all its devices are there.
+    Ok((Qmp::new(qmp)?, Agent::new(agent)?))
 }
 
 /// A new file for a guest's console. It outlives the guest, to be read when a test has failed.
