@@ -32,6 +32,8 @@ const NEEDS: &[Need] = &[
     need("make", "make"),
     need("gcc-12", "gcc-12"),
     need("xz-utils", "xz"),
+    // The kernel's W=1 also checks comments, with a perl script.
+    need("perl", "pod2usage"),
     // objtool, part of the unpacked kernel build tools, is linked with it.
     need("libelf1", "/usr/lib/x86_64-linux-gnu/libelf.so.1"),
 ];
