@@ -13,7 +13,7 @@ use crate::args::ResizeArgs;
 use crate::client::Answer;
 use crate::error::{CtlError, Refusal, Result};
 use crate::output::Output;
-use crate::size::{Millis, SizeChange};
+use crate::size::SizeChange;
 
 pub(super) fn run(session: &Session, name: String, change: SizeChange, options: &ResizeArgs) -> Result<()> {
     let asks = options.force && !options.yes && !options.dry_run && !matches!(change, SizeChange::GrowBy(_));
@@ -62,11 +62,7 @@ pub(super) fn run(session: &Session, name: String, change: SizeChange, options: 
         }
         return out.done(&format!("{summary}: job {}", accepted.id));
     }
-    let deadline = match accepted.deadline_ms {
-        None | Some(0) => String::new(),
-        Some(ms) => format!(", deadline {}", Millis(ms)),
-    };
-    out.note(&format!("job {}: {plan}{deadline}", accepted.id));
+    out.note(&format!("job {}: {plan}", accepted.id));
     let first = Answer { raw: answer.raw.get("job").cloned().unwrap_or(Value::Null), typed: accepted };
     let last = job::follow(session, &mut client, first)?;
     if out.json {

@@ -42,7 +42,7 @@ fn absolute_resize_is_followed_to_its_end() {
     assert_eq!(
         outcome.stderr,
         "\
-job 41: the guest is asked to give 12 GiB, deadline 60 s
+job 41: the guest is asked to give 12 GiB
 job 41: offered, 0 B of 12 GiB
 job 41: evacuating, 0 B of 12 GiB
 job 41: committing, 12 GiB of 12 GiB, 409.5 MiB/s, 0 s left
