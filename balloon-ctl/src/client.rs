@@ -82,22 +82,21 @@ impl Client {
         patience: Duration,
     ) -> Result<Answer<T>> {
         let params = serde_json::to_value(params).map_err(|err| CtlError::usage(err.to_string()))?;
-        let raw = self.call_raw(method, Some(params), patience)?;
+        let raw = self.call_raw(method, params, patience)?;
         let typed = T::deserialize(&raw).map_err(|err| CtlError::Protocol(format!("{method}: {err}")))?;
         Ok(Answer { raw, typed })
     }
 
-    pub(crate) fn call_raw(
-        &mut self,
-        method: &str,
-        params: Option<Value>,
-        patience: Duration,
-    ) -> Result<Value> {
+    pub(crate) fn call_raw(&mut self, method: &str, params: Value, patience: Duration) -> Result<Value> {
         let deadline = deadline_in(self.limit.saturating_add(patience));
         self.last_id += 1;
         let id = self.last_id;
-        let request =
-            RpcRequest { jsonrpc: "2.0".to_owned(), id: Some(id.into()), method: method.to_owned(), params };
+        let request = RpcRequest {
+            jsonrpc: "2.0".to_owned(),
+            id: Some(id.into()),
+            method: method.to_owned(),
+            params: Some(params),
+        };
         let mut line = serde_json::to_vec(&request).map_err(|err| CtlError::usage(err.to_string()))?;
         line.push(b'\n');
         if line.len() > MAX_LINE {

@@ -131,8 +131,9 @@ pub(super) fn verdict(session: &Session, job: JobInfo) -> Result<()> {
     let (from, now) = (job.from_bytes, job.plugged_bytes);
     let moved =
         if now < from { format!("; {} returned to the pool", out.size(from - now)) } else { String::new() };
+    let why = if job.message.is_empty() { String::new() } else { format!(" ({})", job.message) };
     out.done(&format!(
-        "{}: {} -> {} in {}{moved}",
+        "{}: {} -> {} in {}{moved}{why}",
         job.device,
         out.size(from),
         out.size(now),

@@ -68,9 +68,7 @@ pub(super) fn version(session: &Session) -> Result<()> {
 }
 
 pub(super) fn rpc(session: &Session, method: &str, params: Option<&str>) -> Result<()> {
-    let params = params
-        .map(serde_json::from_str::<Value>)
-        .transpose()
+    let params: Value = serde_json::from_str(params.unwrap_or("{}"))
         .map_err(|err| CtlError::usage(format!("the parameters are no JSON: {err}")))?;
     let result = session.connect()?.call_raw(method, params, Duration::ZERO)?;
     session.out.value(&result)

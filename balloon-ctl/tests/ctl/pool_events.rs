@@ -85,6 +85,17 @@ fn events_since_the_newest_is_nothing() {
 }
 
 #[test]
+fn events_since_a_number_of_an_older_daemon_are_all_that_is_kept() {
+    let params = json!({"filter": [], "since_seq": 5000});
+    let steps = vec![step(
+        "events.subscribe",
+        params,
+        Reply::Events(json!({"seq": 2}), vec![created(1), created(2)]),
+    )];
+    assert_eq!(ctl(steps, &["events", "--since", "5000"]).printed().lines().count(), 2);
+}
+
+#[test]
 fn lost_events_are_always_shown_and_do_not_end_the_output() {
     let lost =
         json!({"seq": 9999, "time": "2026-11-21T06:40:56.000Z", "event": "events.lost", "data": {"n": 5}});

@@ -55,6 +55,23 @@ fn done_at_once(params: Value) -> Step {
 }
 
 #[test]
+fn resize_to_the_present_size_says_that_there_was_nothing_to_do() {
+    let done = json!({
+        "id": 41, "device": "vm2-db", "state": "done", "from_bytes": 28 * GIB, "target_bytes": 28 * GIB,
+        "plugged_bytes": 28 * GIB, "started_ms": 0, "elapsed_ms": 0, "message": "nothing to do",
+        "requested_by_uid": 0, "requested_by_pid": 77
+    });
+    let outcome = ctl(
+        vec![ok("device.resize", params(28 * GIB, Value::Null), accepted(done))],
+        &["resize", "vm2-db", "28G"],
+    );
+    assert_eq!(
+        (outcome.code, outcome.stdout.as_str()),
+        (0, "vm2-db: 28 GiB -> 28 GiB in 0 s (nothing to do)\n")
+    );
+}
+
+#[test]
 fn grow_says_nothing_of_returned_space() {
     let grown = json!({
         "id": 41, "device": "vm2-db", "state": "done", "from_bytes": 40 * GIB, "target_bytes": 42 * GIB,

@@ -68,13 +68,13 @@ fn rpc_passes_through_both_ways() {
     let text = ctl(steps(), &["rpc", "device.show", r#"{"name":"vm1-data"}"#]).printed();
     assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), vm1());
     assert_eq!(text.lines().count(), 1);
-    let steps = vec![ok("server.hello", Value::Null, json!([1, "two"]))];
+    let steps = vec![ok("server.hello", json!({}), json!([1, "two"]))];
     assert_eq!(ctl(steps, &["rpc", "server.hello"]).printed(), "[1,\"two\"]\n");
 }
 
 #[test]
 fn rpc_ends_as_the_daemon_answers() {
-    let steps = vec![refuse("no.such", Value::Null, "E_UNKNOWN_METHOD", "no.such is no method", None)];
+    let steps = vec![refuse("no.such", json!({}), "E_UNKNOWN_METHOD", "no.such is no method", None)];
     let outcome = ctl(steps, &["rpc", "no.such"]);
     assert_eq!(
         (outcome.code, outcome.stderr.as_str()),
