@@ -88,7 +88,8 @@ impl Client {
     }
 
     pub(crate) fn call_raw(&mut self, method: &str, params: Value, patience: Duration) -> Result<Value> {
-        let deadline = deadline_in(self.limit.saturating_add(patience));
+        let limit = self.limit.saturating_add(patience);
+        let deadline = deadline_in(limit);
         self.last_id += 1;
         let id = self.last_id;
         let request = RpcRequest {
@@ -110,7 +111,7 @@ impl Client {
             Interrupted::TimedOut => CtlError::TimedOut {
                 message: format!(
                     "the daemon did not answer {method} within {}",
-                    Millis(u64::try_from(self.limit.as_millis()).unwrap_or(u64::MAX))
+                    Millis(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX))
                 ),
                 hint: "it may be busy or stuck, and what was asked may still happen; --timeout sets how long to wait"
                     .to_owned(),
@@ -164,6 +165,10 @@ impl Client {
                 continue;
             }
             let answered = object.remove("id").unwrap_or(Value::Null);
+            // Of a call that was given up; its answer comes late.
+            if answered.as_u64().is_some_and(|answered| (1..id).contains(&answered)) {
+                continue;
+            }
             if let Some(error) = object.remove("error") {
                 // The daemon has no number to give back when it could not read the request.
                 if answered != id && !answered.is_null() {

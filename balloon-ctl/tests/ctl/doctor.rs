@@ -8,7 +8,7 @@ use std::os::unix::net::UnixListener;
 use serde_json::{Value, json};
 
 use crate::fixtures::{hello, hello_params, pool, vm1, vm2, vm3, with};
-use crate::peer::{Outcome, Peer, Step, command, ok, refuse, run};
+use crate::peer::{Outcome, Peer, Reply, Step, command, ok, refuse, run, step};
 
 /// The checks that depend on the daemon only, as (check, device, status).
 fn verdicts(outcome: &Outcome) -> Vec<(String, String, String)> {
@@ -125,6 +125,23 @@ fn doctor_goes_on_when_a_question_is_refused() {
         verdicts(&outcome),
         triples(&[("socket", "", "warn"), ("pool", "", "fail"), ("devices", "", "fail")])
     );
+}
+
+#[test]
+fn doctor_is_not_confused_by_an_answer_that_comes_late() {
+    let late = format!(
+        "{}\n{}\n",
+        json!({"jsonrpc": "2.0", "id": 2, "result": pool()}),
+        json!({"jsonrpc": "2.0", "id": 3, "result": {"devices": []}})
+    );
+    let steps = vec![
+        ok("server.hello", hello_params(), hello()),
+        step("pool.status", json!({}), Reply::Silence),
+        step("device.list", json!({}), Reply::Raw(late.into_bytes())),
+    ];
+    let outcome = doctor(steps, 0o660, &["--json", "--timeout", "400ms"]);
+    assert_eq!(verdicts(&outcome), triples(&[("socket", "", "ok"), ("pool", "", "fail")]));
+    assert_eq!(outcome.code, 1);
 }
 
 #[test]
