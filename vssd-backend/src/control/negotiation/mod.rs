@@ -49,7 +49,7 @@ mod session;
 mod tests;
 
 pub use job::{Actor, JobView};
-pub use plan::{Plan, Refusal, Route, Wish};
+pub use plan::{Plan, Refusal, Route, Tail, Wish};
 
 use deadline::Pace;
 use job::Job;

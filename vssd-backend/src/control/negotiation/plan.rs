@@ -19,6 +19,15 @@ pub struct Wish {
     pub force: bool,
 }
 
+/// How much of a disk's end holds no data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tail {
+    /// Plugged blocks above the last one that holds data.
+    pub free: u32,
+    /// One past the last block that holds data.
+    pub data_end: u32,
+}
+
 /// Who will move the blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Route {
@@ -68,10 +77,10 @@ pub enum Refusal {
     #[error("the requested size is {actual_bytes} bytes, not {expected_bytes} bytes: somebody changed it")]
     Conflict { expected_bytes: u64, actual_bytes: u64 },
     #[error(
-        "the guest cannot choose blocks, and the disk holds data up to {}",
-        ByteCount(*smallest_bytes)
+        "the guest cannot choose blocks, and the disk holds data up to {} ({last_allocated_bytes} bytes)",
+        ByteCount(*last_allocated_bytes)
     )]
-    InUse { requested_bytes: u64, smallest_bytes: u64 },
+    InUse { requested_bytes: u64, smallest_bytes: u64, last_allocated_bytes: u64 },
 }
 
 impl Refusal {
@@ -97,8 +106,8 @@ impl Refusal {
 }
 
 impl Negotiation {
-    /// What `wish` would do. `free_tail` is how many plugged blocks lie above the last one that holds data.
-    pub fn plan(&self, wish: &Wish, free_tail: u32) -> Result<Plan, Refusal> {
+    /// What `wish` would do.
+    pub fn plan(&self, wish: &Wish, tail: Tail) -> Result<Plan, Refusal> {
         let actual_bytes = self.bytes(self.requested);
         if let Some(expected_bytes) = wish.expected_bytes
             && expected_bytes != actual_bytes
@@ -128,9 +137,10 @@ impl Negotiation {
         } else {
             Route::AwaitDriver
         };
-        if route == Route::HostTail && from - to > free_tail {
-            let smallest_bytes = self.bytes((from - free_tail).max(self.min));
-            return Err(Refusal::InUse { requested_bytes, smallest_bytes });
+        if route == Route::HostTail && from - to > tail.free {
+            let smallest_bytes = self.bytes(from.saturating_sub(tail.free).max(self.min));
+            let last_allocated_bytes = self.bytes(tail.data_end);
+            return Err(Refusal::InUse { requested_bytes, smallest_bytes, last_allocated_bytes });
         }
         let deadline_ms = match wish.deadline_ms {
             Some(given) => Some(given),

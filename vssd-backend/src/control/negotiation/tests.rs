@@ -195,8 +195,11 @@ impl Rig {
         }
     }
 
-    pub(super) fn free_tail(&self) -> u32 {
-        u32::try_from(self.blocks.values().rev().take_while(|data| !**data).count()).unwrap()
+    pub(super) fn tail(&self) -> Tail {
+        Tail {
+            free: u32::try_from(self.blocks.values().rev().take_while(|data| !**data).count()).unwrap(),
+            data_end: self.blocks.iter().rev().find(|(_, data)| **data).map_or(0, |(b, _)| b + 1),
+        }
     }
 
     pub(super) fn send(&mut self, request: Request) -> ReplyId {
@@ -261,7 +264,7 @@ impl Rig {
     }
 
     pub(super) fn resize(&mut self, wish: Wish) -> Result<u64, Refusal> {
-        let plan = self.n.plan(&wish, self.free_tail())?;
+        let plan = self.n.plan(&wish, self.tail())?;
         self.next_job += 1;
         self.apply(Event::Resize(Resize { job: self.next_job, plan, actor: OPERATOR, note: "" }));
         Ok(self.next_job)
@@ -599,7 +602,11 @@ fn stock_guest_gives_only_the_empty_tail_and_capacity_follows() {
     rig.blocks.insert(79, true);
     assert_eq!(
         rig.resize(Rig::wish(79)),
-        Err(Refusal::InUse { requested_bytes: 79 * BLOCK, smallest_bytes: 80 * BLOCK })
+        Err(Refusal::InUse {
+            requested_bytes: 79 * BLOCK,
+            smallest_bytes: 80 * BLOCK,
+            last_allocated_bytes: 80 * BLOCK,
+        })
     );
     let job = rig.resize_to(80);
     assert_eq!(rig.capacity, 100, "unplug first, then the capacity");
@@ -782,7 +789,7 @@ fn bounds_are_checked_before_anything_happens() {
 #[test]
 fn size_between_blocks_is_rounded_up_and_said_so() {
     let (rig, _) = Rig::vssd_guest(100);
-    let plan = rig.n.plan(&Wish { to_bytes: 60 * BLOCK - 1, ..Rig::wish(0) }, 0).unwrap();
+    let plan = rig.n.plan(&Wish { to_bytes: 60 * BLOCK - 1, ..Rig::wish(0) }, Tail::default()).unwrap();
     assert_eq!(plan.to, 60);
     assert!(plan.text.contains("rounded up"), "{}", plan.text);
 }

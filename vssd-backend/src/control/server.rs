@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The control loop: one thread that waits for clients, queues, the pool and time, and serves each a little at a time.
+//!
+//! It sleeps until there is something to do: an idle daemon is never woken. No client can hold it up: sockets do not
+//! block, each turn of a client is bounded, and what a client does not read is dropped or stops its own requests.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, mpsc};
+
+use rustix::event::{Timespec, epoll};
+use rustix::fd::{AsFd, OwnedFd};
+use tracing::{debug, info, warn};
+use vssd_pool::Pool;
+use vssd_protocol::control::{ErrorCode, MAX_LINE};
+
+use super::negotiation::Actor;
+use super::session::{Input, MAX_WAITS, Session, Waiting};
+use super::verbs::{self, Door, Outcome};
+use crate::device::owner::{Owner, OwnerError};
+use crate::device::{DeviceEvent, Frontends};
+
+/// Clients at a time, over both sockets.
+pub const MAX_SESSIONS: usize = 256;
+/// Requests that one client is served before it is the next one's turn.
+const TURN: usize = 32;
+/// How long nobody is accepted when descriptors have run out.
+const ACCEPT_PAUSE_MS: u64 = 1_000;
+
+const CONTROL: u64 = 0;
+const MONITOR: u64 = 1;
+const DEVICES: u64 = 2;
+const COMPLETIONS: u64 = 3;
+const SHUTDOWN: u64 = 4;
+const FIRST_SESSION: u64 = 16;
+
+/// What the control loop needs.
+pub struct ServerOptions {
+    pub pool: Arc<Pool>,
+    pub frontends: Box<dyn Frontends>,
+    /// The receiving ends of an [`OwnerHandle`](crate::device::OwnerHandle).
+    pub events: mpsc::Receiver<DeviceEvent>,
+    pub wake: Arc<OwnedFd>,
+    pub control: Option<UnixListener>,
+    pub monitor: Option<UnixListener>,
+    /// An eventfd: readable means that the daemon is to end.
+    pub shutdown: OwnedFd,
+}
+
+impl std::fmt::Debug for ServerOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServerOptions")
+            .field("control", &self.control)
+            .field("monitor", &self.monitor)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why the control loop cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
+    #[error("cannot prepare a control socket")]
+    Listener(#[source] io::Error),
+    #[error("cannot wait for events")]
+    Epoll(#[source] io::Error),
+}
+
+/// The control loop.
+#[derive(Debug)]
+pub struct Server {
+    epoll: OwnedFd,
+    owner: Owner,
+    wake: Arc<OwnedFd>,
+    completions: Arc<OwnedFd>,
+    shutdown: OwnedFd,
+    control: Option<UnixListener>,
+    monitor: Option<UnixListener>,
+    sessions: HashMap<u64, Session>,
+    next_token: u64,
+    /// Sessions with requests at hand whose turn was over.
+    unfinished: BTreeSet<u64>,
+    /// Sessions that have got something to write.
+    to_flush: BTreeSet<u64>,
+    /// Number of the newest event that sessions have been offered.
+    told: u64,
+    accept_again_ms: Option<u64>,
+}
+
+impl Server {
+    /// Begins to serve every vSSD of the pool.
+    pub fn new(options: ServerOptions) -> Result<Self, ServerError> {
+        let ServerOptions { pool, frontends, events, wake, control, monitor, shutdown } = options;
+        let owner = Owner::open(pool, frontends, events)?;
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| ServerError::Epoll(e.into()))?;
+        let completions = owner.completion_wake();
+        let server = Self {
+            epoll,
+            owner,
+            wake,
+            completions,
+            shutdown,
+            control,
+            monitor,
+            sessions: HashMap::new(),
+            next_token: FIRST_SESSION,
+            unfinished: BTreeSet::new(),
+            to_flush: BTreeSet::new(),
+            told: 0,
+            accept_again_ms: None,
+        };
+        for (listener, token) in [(&server.control, CONTROL), (&server.monitor, MONITOR)] {
+            if let Some(listener) = listener {
+                listener.set_nonblocking(true).map_err(ServerError::Listener)?;
+                server.watch(listener, token)?;
+            }
+        }
+        server.watch(&server.wake, DEVICES)?;
+        server.watch(&server.completions, COMPLETIONS)?;
+        server.watch(&server.shutdown, SHUTDOWN)?;
+        Ok(server)
+    }
+
+    /// Serves until the shutdown event, then disconnects every front-end.
+    pub fn run(mut self) -> Result<(), ServerError> {
+        let mut buffer = Vec::with_capacity(64);
+        self.look_around();
+        loop {
+            buffer.clear();
+            let timeout = self.timeout();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut buffer), timeout.as_ref()) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(ServerError::Epoll(errno.into())),
+            }
+            for event in &buffer {
+                let flags = event.flags;
+                match event.data.u64() {
+                    CONTROL => self.accept(Door::Control),
+                    MONITOR => self.accept(Door::Monitor),
+                    DEVICES => drain(&self.wake),
+                    COMPLETIONS => drain(&self.completions),
+                    SHUTDOWN => {
+                        self.end();
+                        return Ok(());
+                    }
+                    token => self.ready(token, flags),
+                }
+            }
+            self.look_around();
+        }
+    }
+
+    /// What is to be done after anything may have happened.
+    fn look_around(&mut self) {
+        let now = self.owner.clock().now_ms();
+        if self.accept_again_ms.is_some_and(|at| at <= now) {
+            self.accept_again_ms = None;
+            self.listen(true);
+        }
+        self.owner.run();
+        for token in std::mem::take(&mut self.unfinished) {
+            self.serve(token);
+        }
+        self.owner.run();
+        self.offer_events();
+        self.answer_waits();
+        for token in std::mem::take(&mut self.to_flush) {
+            self.settle(token);
+        }
+    }
+
+    fn timeout(&self) -> Option<Timespec> {
+        if !self.unfinished.is_empty() {
+            return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
+        }
+        let waits = self.sessions.values().flat_map(|session| &session.waits).map(|wait| wait.until_ms).min();
+        let at = [self.owner.wake_at(), waits, self.accept_again_ms].into_iter().flatten().min()?;
+        let ms = at.saturating_sub(self.owner.clock().now_ms());
+        // A moment too late rather than too early: the clock counts whole milliseconds.
+        let ms = ms.saturating_add(1).min(3_600_000);
+        let seconds = i64::try_from(ms / 1000).unwrap_or(3600);
+        Some(Timespec { tv_sec: seconds, tv_nsec: i64::try_from(ms % 1000).unwrap_or(0) * 1_000_000 })
+    }
+
+    fn watch(&self, fd: impl AsFd, token: u64) -> Result<(), ServerError> {
+        epoll::add(&self.epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
+            .map_err(|errno| ServerError::Epoll(errno.into()))
+    }
+
+    /// Takes listeners out of the loop, or in again.
+    fn listen(&self, on: bool) {
+        let flags = if on { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+        for (listener, token) in [(&self.control, CONTROL), (&self.monitor, MONITOR)] {
+            if let Some(listener) = listener {
+                let _ = epoll::modify(&self.epoll, listener, epoll::EventData::new_u64(token), flags);
+            }
+        }
+    }
+
+    fn accept(&mut self, door: Door) {
+        let listener = if door == Door::Control { &self.control } else { &self.monitor };
+        let Some(listener) = listener else { return };
+        match listener.accept() {
+            Ok((stream, _)) => self.welcome(stream, door),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) => {
+                // Out of descriptors or memory: the client stays in the queue, and asking again at once is a busy loop.
+                warn!(%error, "cannot accept a client");
+                self.listen(false);
+                self.accept_again_ms = Some(self.owner.clock().now_ms() + ACCEPT_PAUSE_MS);
+            }
+        }
+    }
+
+    fn welcome(&mut self, stream: UnixStream, door: Door) {
+        let actor = match stream.set_nonblocking(true).and_then(|()| peer_of(&stream)) {
+            Ok(actor) => actor,
+            Err(error) => {
+                debug!(%error, "client is gone before it was served");
+                return;
+            }
+        };
+        let token = self.next_token;
+        let mut session = Session::new(stream, door, actor);
+        if self.sessions.len() >= MAX_SESSIONS {
+            let message = format!("{MAX_SESSIONS} clients are connected, which is the limit");
+            session.send(&verbs::complaint(ErrorCode::TooLarge, &message));
+            let _ = session.flush(0);
+            return;
+        }
+        if let Err(error) = self.watch(session.stream(), token) {
+            warn!(%error, "cannot serve a client");
+            return;
+        }
+        self.next_token += 1;
+        self.sessions.insert(token, session);
+    }
+
+    fn ready(&mut self, token: u64, flags: epoll::EventFlags) {
+        let Some(session) = self.sessions.get_mut(&token) else { return };
+        if flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP)
+            && !flags.contains(epoll::EventFlags::IN)
+        {
+            self.drop_session(token);
+            return;
+        }
+        if flags.contains(epoll::EventFlags::IN)
+            && session.wants_input()
+            && let Err(error) = session.fill()
+        {
+            debug!(%error, "client is gone");
+            self.drop_session(token);
+            return;
+        }
+        self.serve(token);
+    }
+
+    /// Gives a client its turn.
+    fn serve(&mut self, token: u64) {
+        self.to_flush.insert(token);
+        for _ in 0..TURN {
+            let Some(session) = self.sessions.get_mut(&token) else { return };
+            let line = match session.next_line() {
+                Input::Line(line) => line,
+                Input::None => return,
+                Input::TooLong => {
+                    let message = format!("a line has at most {MAX_LINE} bytes");
+                    session.send(&verbs::complaint(ErrorCode::TooLarge, &message));
+                    let _ = session.flush(0);
+                    self.drop_session(token);
+                    return;
+                }
+            };
+            match verbs::handle(&mut self.owner, session.door, session.actor, &line) {
+                Outcome::Answer(answer) => session.send(&answer),
+                Outcome::Wait { id, .. } if session.waits.len() >= MAX_WAITS => {
+                    let message = format!("{MAX_WAITS} calls wait for jobs already");
+                    session.send(&verbs::refusal(&id, ErrorCode::TooLarge, &message));
+                }
+                Outcome::Wait { id, job, until_ms } => session.waits.push(Waiting { id, job, until_ms }),
+                Outcome::Subscribe { answer, filter, since } => {
+                    session.send(&answer);
+                    // What has happened so far is the past for this client: it is offered here or not at all.
+                    self.offer_events();
+                    let log = self.owner.log();
+                    let (lost, lost_seq) = log.lost_after(since);
+                    if let Some(session) = self.sessions.get_mut(&token) {
+                        session.subscribe(filter, lost, lost_seq);
+                        log.after(since).for_each(|entry| session.offer(entry));
+                    }
+                }
+            }
+        }
+        self.unfinished.insert(token);
+    }
+
+    /// Offers new events to all who subscribed.
+    fn offer_events(&mut self) {
+        let log = self.owner.log();
+        if log.newest() == self.told {
+            return;
+        }
+        for entry in log.after(self.told) {
+            for (token, session) in &mut self.sessions {
+                session.offer(entry);
+                self.to_flush.insert(*token);
+            }
+        }
+        self.told = log.newest();
+    }
+
+    fn answer_waits(&mut self) {
+        let changed = self.owner.jobs().take_changed();
+        let now = self.owner.clock().now_ms();
+        for (token, session) in &mut self.sessions {
+            let due =
+                session.waits.extract_if(.., |wait| wait.until_ms <= now || changed.contains(&wait.job));
+            let due: Vec<Waiting> = due.collect();
+            for wait in due {
+                session.send(&verbs::waited(&self.owner, &wait.id, wait.job));
+                self.to_flush.insert(*token);
+            }
+        }
+    }
+
+    /// Writes what waits, and decides what to wait for next.
+    fn settle(&mut self, token: u64) {
+        let unix_ms = self.owner.clock().unix_ms(self.owner.clock().now_ms());
+        let Some(session) = self.sessions.get_mut(&token) else { return };
+        if let Err(error) = session.flush(unix_ms) {
+            debug!(%error, "client is gone");
+            self.drop_session(token);
+            return;
+        }
+        if session.has_line_at_hand() {
+            // It was held back for want of room or turn; no event will say that there is some now.
+            self.unfinished.insert(token);
+        }
+        if session.is_over() {
+            self.drop_session(token);
+            return;
+        }
+        let mut flags = epoll::EventFlags::empty();
+        flags.set(epoll::EventFlags::IN, session.wants_input());
+        flags.set(epoll::EventFlags::OUT, session.wants_output());
+        if let Err(errno) =
+            epoll::modify(&self.epoll, session.stream(), epoll::EventData::new_u64(token), flags)
+        {
+            warn!(%errno, "cannot serve a client any more");
+            self.drop_session(token);
+        }
+    }
+
+    fn drop_session(&mut self, token: u64) {
+        // Closing the descriptor takes it out of the epoll set.
+        self.sessions.remove(&token);
+        self.unfinished.remove(&token);
+    }
+
+    fn end(&mut self) {
+        info!(clients = self.sessions.len(), "control loop ends");
+        self.owner.run();
+        self.owner.shut_down();
+        self.offer_events();
+        self.answer_waits();
+        for session in self.sessions.values_mut() {
+            let _ = session.flush(0);
+        }
+    }
+}
+
+/// Who is at the other end, as the kernel noted when it connected. The process id is 0 for a process that this one
+/// cannot see (another PID namespace), which is why the raw structure is read.
+fn peer_of(stream: &UnixStream) -> io::Result<Actor> {
+    let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).unwrap_or(0);
+    // SAFETY: `peer` and `len` outlive the call, and `len` is the size of `peer`, of which every bit pattern is valid.
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Actor { uid: peer.uid, pid: peer.pid })
+}
+
+/// Empties an eventfd.
+fn drain(fd: &OwnedFd) {
+    let mut counter = [0; 8];
+    // Fails only when it is empty already.
+    let _ = rustix::io::read(fd, &mut counter);
+}
