@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::paths;
-use crate::process::{self, Daemon, tail};
+use crate::process::{Daemon, tail};
 use crate::qemu::listening;
 use crate::wait::Deadline;
 
@@ -211,18 +211,6 @@ impl Backend {
             None => Ok(()),
         }
     }
-}
-
-/// Makes a pool with `vssd-backend pool create` and these further arguments; gives what it printed.
-pub fn create_pool(args: &[&str]) -> Result<String> {
-    let program = paths::artifact("vssd-backend", "vssd-backend")?;
-    process::run(Command::new(program).args(["pool", "create"]).args(args))
-}
-
-/// Checks a pool that no daemon uses with `vssd-backend pool check`; an error shows what it found.
-pub fn check_pool(media: &[&Path]) -> Result<String> {
-    let program = paths::artifact("vssd-backend", "vssd-backend")?;
-    process::run(Command::new(program).args(["pool", "check"]).args(media))
 }
 
 /// The control socket of a pool daemon.

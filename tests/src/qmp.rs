@@ -80,11 +80,6 @@ impl Qmp {
         }
     }
 
-    /// Forgets the events received so far.
-    pub fn clear_events(&mut self) {
-        self.events.clear();
-    }
-
     /// The next message, or `None` when the deadline passes first. A line read in part is kept for the next call.
     fn message(&mut self, deadline: &Deadline) -> Result<Option<Value>> {
         loop {

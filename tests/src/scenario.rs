@@ -57,7 +57,7 @@ impl PoolHost {
         create.args(["pool", "create", option, &format!("{}:{size}", pool.display())]);
         process::run(&mut create)?;
         let runtime = scratch.join("run");
-        let daemon = Backend::pool(&[&pool], &runtime, &scratch.join("backend.log"))?;
+        let daemon = Backend::pool(&[&pool], &runtime, &scratch.join("backend.log"))?.started()?;
         Ok(Self { daemon, ctl: Ctl::new(&control_socket(&runtime))?, pool, runtime })
     }
 

@@ -114,7 +114,8 @@ fn loading_our_module_takes_no_disk_that_it_was_not_given() -> Result<()> {
     std::fs::File::create(&plain)?.set_len(64 << 20)?;
     let plain_socket = scratch.join("plain.sock");
     let _peer =
-        vssd_tests::backend::Backend::storage_daemon(&plain_socket, &plain, 2, &scratch.join("qsd.log"))?;
+        vssd_tests::backend::Backend::storage_daemon(&plain_socket, &plain, 2, &scratch.join("qsd.log"))?
+            .started()?;
     let mut host = PoolHost::new(&scratch, Medium::Nvram, "100M")?;
     let socket = host.create(NAME, &["--size", "64M"])?;
     let image = scenario::image(&Kernel::debian()?)?;
