@@ -15,8 +15,8 @@
  * The work item is the only one that sends on the channel and that changes the state of a block, so
  * neither needs a lock against other writers. Everybody else leaves a wish and wakes it.
  *
- * Locks: vssd_blocks.lock, vssd_hints.lock and vssd.pull_lock are never held together. vssd_vq.lock is
- * taken in interrupts; of two queues, never both.
+ * Locks: vssd_hints.lock, then vssd_blocks.lock; vssd.pull_lock alone. vssd_vq.lock is taken in
+ * interrupts; of two queues, never both.
  */
 #ifndef _VSSD_H
 #define _VSSD_H
@@ -104,7 +104,8 @@ struct vssd_state_page {
  *	fenced		1	0	nominated: new I/O is parked until the outcome is known
  *	evicted		1	1	I/O fails
  *
- * The data path looks at @blocked under vssd_vq.lock, and further only when it finds a bit set.
+ * The data path looks at @blocked under vssd_vq.lock, and further only when it finds a bit set. The
+ * tables are replaced by larger ones only while the queue is frozen.
  */
 struct vssd_blocks {
 	struct mutex lock;		/* to change @evicted, or to copy it as of one moment */
@@ -186,7 +187,7 @@ struct vssd {
 	bool live;			/* probe is over */
 	unsigned long flags;		/* VSSD_F_* */
 
-	/* From HELLO and the config space; cannot change. */
+	/* From HELLO and the config space. Cannot change. */
 	u32 block_size;
 	unsigned int block_shift;	/* of sectors to blocks */
 	u32 max_discard_sectors;
@@ -196,6 +197,7 @@ struct vssd {
 	/* Channel, vssd_chan.c. Probe, then work item. */
 	bool session;
 	u64 epoch;
+	u32 hello_total;		/* blocks, as of the newest HELLO */
 	u32 min_blocks;
 	u32 msg_ranges;			/* that our buffers hold */
 	u32 max_ranges;			/* that the device takes, too */
@@ -298,7 +300,8 @@ bool vssd_chan_waiting(const struct vssd *vssd);
 int vssd_chan_take_wait(struct vssd *vssd, struct vssd_news *news);
 
 /* vssd_blocks.c */
-int vssd_blocks_alloc(struct vssd_blocks *blocks);
+void vssd_blocks_init(struct vssd_blocks *blocks);
+int vssd_blocks_extend(struct vssd_blocks *blocks, u32 total);
 void vssd_blocks_free(struct vssd_blocks *blocks);
 int vssd_blocks_want_stamps(struct vssd_blocks *blocks);
 void vssd_blocks_age(struct vssd_blocks *blocks);
@@ -319,9 +322,10 @@ u32 vssd_blocks_coldest(struct vssd_blocks *blocks, u32 need, const unsigned lon
 
 /* vssd_hints.c */
 void vssd_hints_init(struct vssd_hints *hints);
-int vssd_hints_alloc(struct vssd_hints *hints, u32 total);
+int vssd_hints_extend(struct vssd_hints *hints, u32 total);
 void vssd_hints_free(struct vssd_hints *hints);
-int vssd_hints_add(struct vssd_hints *hints, u32 start, u32 count, const unsigned long *evicted);
+int vssd_hints_add(struct vssd_hints *hints, u32 start, u32 count,
+		   const struct vssd_blocks *blocks);
 void vssd_hints_clear(struct vssd_hints *hints);
 u32 vssd_hints_take(struct vssd_hints *hints, u32 need, const unsigned long *skip,
 		    struct vssd_span *spans, u32 most, u32 *generation);
@@ -341,6 +345,7 @@ void vssd_resize_stop(struct vssd *vssd);
 void vssd_resize_kick(struct vssd *vssd);
 void vssd_retry_in(struct vssd *vssd, unsigned int ms);
 int vssd_begin_session(struct vssd *vssd);
+int vssd_extend(struct vssd *vssd, u32 total);
 int vssd_resync(struct vssd *vssd);
 
 /* vssd_proc.c */

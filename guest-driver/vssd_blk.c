@@ -662,60 +662,73 @@ static const struct blk_mq_ops vssd_mq_ops = {
 
 /* ---- disk ---- */
 
-/* Reads a 32-bit field of the config space, or @fallback when the device does not have it. */
-#define vssd_config_or(vdev, feature, field, fallback)						\
-({												\
-	typeof(((struct virtio_blk_config *)0)->field) __v;					\
-	u32 __n = (fallback);									\
-												\
-	if (!virtio_cread_feature(vdev, feature, struct virtio_blk_config, field, &__v))	\
-		__n = __v;									\
-	__n;											\
-})
+/* A field of the config space, or @fallback when the device does not have it. */
+static u32 vssd_config32(struct virtio_device *vdev, unsigned int feature, unsigned int offset,
+			 u32 fallback)
+{
+	return virtio_has_feature(vdev, feature) ? virtio_cread32(vdev, offset) : fallback;
+}
 
+static u16 vssd_config16(struct virtio_device *vdev, unsigned int feature, unsigned int offset)
+{
+	return virtio_has_feature(vdev, feature) ? virtio_cread16(vdev, offset) : 0;
+}
+
+static u8 vssd_config8(struct virtio_device *vdev, unsigned int feature, unsigned int offset)
+{
+	return virtio_has_feature(vdev, feature) ? virtio_cread8(vdev, offset) : 0;
+}
+
+#define VSSD_CONFIG(field)	offsetof(struct virtio_blk_config, field)
+
+/*
+ * Reads what the device can take. It may leave out or claim anything: each value has a fallback and a
+ * bound.
+ */
 static int vssd_read_limits(struct vssd *vssd, struct vssd_limits *lim)
 {
 	struct virtio_device *vdev = vssd->vdev;
-	u32 bytes, exp;
+	u32 logical, max;
 
-	bytes = vssd_config_or(vdev, VIRTIO_BLK_F_BLK_SIZE, blk_size, SECTOR_SIZE);
-	if (bytes < SECTOR_SIZE || bytes > min_t(u32, PAGE_SIZE, vssd->block_size) ||
-	    !is_power_of_2(bytes)) {
-		dev_err(&vdev->dev, "logical block size %u is not supported\n", bytes);
+	logical = vssd_config32(vdev, VIRTIO_BLK_F_BLK_SIZE, VSSD_CONFIG(blk_size), SECTOR_SIZE);
+	if (logical < SECTOR_SIZE || logical > min_t(u32, PAGE_SIZE, vssd->block_size) ||
+	    !is_power_of_2(logical)) {
+		dev_err(&vdev->dev, "logical block size %u is not supported\n", logical);
 		return -EINVAL;
 	}
-	lim->logical_block_size = bytes;
+	lim->logical_block_size = logical;
+	lim->physical_block_size = logical <<
+		min_t(u8, vssd_config8(vdev, VIRTIO_BLK_F_TOPOLOGY,
+				       VSSD_CONFIG(physical_block_exp)), 12);
+	lim->io_min = logical * vssd_config16(vdev, VIRTIO_BLK_F_TOPOLOGY,
+					      VSSD_CONFIG(min_io_size));
+	max = vssd_config32(vdev, VIRTIO_BLK_F_TOPOLOGY, VSSD_CONFIG(opt_io_size), 0);
+	lim->io_opt = logical * min_t(u32, max, U16_MAX);
 
-	exp = vssd_config_or(vdev, VIRTIO_BLK_F_TOPOLOGY, physical_block_exp, 0);
-	lim->physical_block_size = bytes << min(exp, 12U);
-	lim->io_min = bytes * vssd_config_or(vdev, VIRTIO_BLK_F_TOPOLOGY, min_io_size, 0);
-	lim->io_opt = bytes * vssd_config_or(vdev, VIRTIO_BLK_F_TOPOLOGY, opt_io_size, 0);
-
-	lim->max_segments = clamp(vssd_config_or(vdev, VIRTIO_BLK_F_SEG_MAX, seg_max, 1),
+	lim->max_segments = clamp(vssd_config32(vdev, VIRTIO_BLK_F_SEG_MAX,
+						VSSD_CONFIG(seg_max), 1),
 				  1U, VSSD_MAX_SEGMENTS);
-	lim->max_segment_size = min_t(size_t, virtio_max_dma_size(vdev), U32_MAX);
-	bytes = vssd_config_or(vdev, VIRTIO_BLK_F_SIZE_MAX, size_max, U32_MAX);
-	lim->max_segment_size = max_t(u32, min(lim->max_segment_size, bytes), PAGE_SIZE);
+	max = vssd_config32(vdev, VIRTIO_BLK_F_SIZE_MAX, VSSD_CONFIG(size_max), U32_MAX);
+	lim->max_segment_size = max_t(u32, PAGE_SIZE, min_t(size_t, virtio_max_dma_size(vdev), max));
 	lim->write_cache = virtio_has_feature(vdev, VIRTIO_BLK_F_FLUSH);
 
 	/* A request counts its bytes in 32 bits; whole blocks suit the device. */
 	vssd->max_discard_sectors = (U32_MAX >> SECTOR_SHIFT) & ~((1U << vssd->block_shift) - 1);
 	if (virtio_has_feature(vdev, VIRTIO_BLK_F_DISCARD)) {
-		u32 max = vssd_config_or(vdev, VIRTIO_BLK_F_DISCARD, max_discard_sectors, 0);
-		u32 ranges = vssd_config_or(vdev, VIRTIO_BLK_F_DISCARD, max_discard_seg, 0);
-		u32 align = vssd_config_or(vdev, VIRTIO_BLK_F_DISCARD, discard_sector_alignment, 0);
-
+		max = virtio_cread32(vdev, VSSD_CONFIG(max_discard_sectors));
 		if (max)
 			vssd->max_discard_sectors = min(vssd->max_discard_sectors, max);
-		vssd->max_discard_ranges = clamp_t(u32, ranges, 1, VSSD_MAX_DISCARD_RANGES);
+		max = virtio_cread32(vdev, VSSD_CONFIG(max_discard_seg));
+		vssd->max_discard_ranges = clamp_t(u32, max, 1, VSSD_MAX_DISCARD_RANGES);
+		max = virtio_cread32(vdev, VSSD_CONFIG(discard_sector_alignment));
+		lim->discard_granularity = max_t(u32, logical,
+						 min_t(u32, max, vssd->block_size >> SECTOR_SHIFT)
+						 << SECTOR_SHIFT);
 		lim->max_discard_sectors = vssd->max_discard_sectors;
 		lim->max_discard_ranges = vssd->max_discard_ranges;
-		lim->discard_granularity = align ? align << SECTOR_SHIFT : lim->logical_block_size;
 	}
 	if (virtio_has_feature(vdev, VIRTIO_BLK_F_WRITE_ZEROES)) {
-		u32 max = vssd_config_or(vdev, VIRTIO_BLK_F_WRITE_ZEROES,
-					 max_write_zeroes_sectors, 0);
-
+		max = virtio_cread32(vdev, VSSD_CONFIG(max_write_zeroes_sectors));
 		lim->max_write_zeroes_sectors = min(max ?: U32_MAX, U32_MAX >> SECTOR_SHIFT);
 	}
 	return 0;

@@ -36,26 +36,57 @@ void vssd_blocks_free(struct vssd_blocks *blocks)
 	kvfree(blocks->ages);
 }
 
-/**
- * vssd_blocks_alloc - make the tables
- * @blocks: with @total set
- *
- * All blocks start as evicted; vssd_blocks_set_plugged() says better.
- */
-int vssd_blocks_alloc(struct vssd_blocks *blocks)
+void vssd_blocks_init(struct vssd_blocks *blocks)
 {
-	size_t size = BITS_TO_LONGS(blocks->total) * sizeof(unsigned long);
+	mutex_init(&blocks->lock);
+}
 
-	blocks->blocked = kvmalloc(size, GFP_KERNEL);
-	blocks->evicted = kvmalloc(size, GFP_KERNEL);
-	blocks->written = kvzalloc(size, GFP_KERNEL);
-	if (!blocks->blocked || !blocks->evicted || !blocks->written) {
-		vssd_blocks_free(blocks);
+/**
+ * vssd_blocks_extend - make the tables, or larger ones
+ * @blocks: the tables
+ * @total: blocks, no fewer than before
+ *
+ * New blocks start as evicted; vssd_blocks_replace() says better.
+ *
+ * Context: probe, or the work item with the queue frozen.
+ */
+int vssd_blocks_extend(struct vssd_blocks *blocks, u32 total)
+{
+	size_t longs = BITS_TO_LONGS(total);
+	struct vssd_blocks new = {
+		.blocked = kvmalloc_array(longs, sizeof(long), GFP_KERNEL),
+		.evicted = kvmalloc_array(longs, sizeof(long), GFP_KERNEL),
+		.written = kvcalloc(longs, sizeof(long), GFP_KERNEL),
+	};
+	u32 added;
+
+	mutex_lock(&blocks->lock);
+	added = total - blocks->total;
+	if (blocks->stamps)
+		new.stamps = kvcalloc(total, sizeof(*new.stamps), GFP_KERNEL);
+	if (!new.blocked || !new.evicted || !new.written || (blocks->stamps && !new.stamps)) {
+		mutex_unlock(&blocks->lock);
+		vssd_blocks_free(&new);
 		return -ENOMEM;
 	}
-	bitmap_fill(blocks->blocked, blocks->total);
-	bitmap_fill(blocks->evicted, blocks->total);
-	blocks->nr_evicted = blocks->total;
+	if (blocks->total) {
+		bitmap_copy(new.blocked, blocks->blocked, blocks->total);
+		bitmap_copy(new.evicted, blocks->evicted, blocks->total);
+		bitmap_copy(new.written, blocks->written, blocks->total);
+	}
+	bitmap_set(new.blocked, blocks->total, added);
+	bitmap_set(new.evicted, blocks->total, added);
+	if (blocks->stamps)
+		memcpy(new.stamps, blocks->stamps, blocks->total * sizeof(*new.stamps));
+
+	swap(blocks->blocked, new.blocked);
+	swap(blocks->evicted, new.evicted);
+	swap(blocks->written, new.written);
+	swap(blocks->stamps, new.stamps);
+	blocks->nr_evicted += added;
+	blocks->total = total;
+	mutex_unlock(&blocks->lock);
+	vssd_blocks_free(&new);
 	return 0;
 }
 
@@ -80,7 +111,7 @@ int vssd_blocks_want_stamps(struct vssd_blocks *blocks)
 		if (stamps && blocks->ages) {
 			for (i = 0; i < blocks->total; i++)
 				stamps[i] = now;
-			/* The data path looks without the lock. */
+			/* The data path looks without the lock, through the pointer only. */
 			smp_store_release(&blocks->stamps, stamps);
 		} else {
 			kvfree(stamps);
@@ -121,7 +152,7 @@ void vssd_blocks_age(struct vssd_blocks *blocks)
  */
 void vssd_blocks_note_use(struct vssd_blocks *blocks, u32 first, u32 last, bool write)
 {
-	u16 *stamps = smp_load_acquire(&blocks->stamps);
+	u16 *stamps = READ_ONCE(blocks->stamps);
 	u32 i;
 
 	if (write)
@@ -274,7 +305,7 @@ bool vssd_blocks_next_evicted(const struct vssd_blocks *blocks, u32 from, u32 mo
 u32 vssd_blocks_coldest(struct vssd_blocks *blocks, u32 need, const unsigned long *skip,
 			struct vssd_span *spans, u32 most)
 {
-	u16 *stamps = smp_load_acquire(&blocks->stamps);
+	u16 *stamps = READ_ONCE(blocks->stamps);
 	u16 now = vssd_stamp_now(), bound, age;
 	u32 *ages = blocks->ages;
 	u32 i, n = 0, older = 0;

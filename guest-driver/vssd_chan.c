@@ -31,6 +31,9 @@
 /* Room for the ranges of STATE. */
 #define VSSD_STATE_BYTES	(64 * 1024)
 
+/* Room for WAIT or its answer. */
+#define VSSD_WAIT_BYTES		64
+
 /* ---- transport ---- */
 
 /**
@@ -47,6 +50,7 @@ void vssd_chan_answered(struct vssd *vssd, void *token, bool answered)
 
 	msg->in_ring = false;
 	msg->reclaimed = !answered;
+	/* What the device and we wrote is seen by who sees @done. */
 	smp_store_release(&msg->done, true);
 	if (msg == &vssd->wait)
 		vssd_resize_kick(vssd);
@@ -154,7 +158,8 @@ static int vssd_chan_head(struct vssd *vssd, const struct vssd_msg *msg, struct 
 		.plugged	= le32_to_cpu(resp.plugged_blocks),
 		.count		= le32_to_cpu(resp.count),
 	};
-	if (vssd->blocks.total &&
+	/* HELLO has yet to say how many there are. */
+	if (msg->hdr.type != cpu_to_virtio32(vssd->vdev, VSSD_T_HELLO) &&
 	    (news->requested > vssd->blocks.total || news->plugged > vssd->blocks.total))
 		return -EPROTO;
 	return 0;
@@ -172,7 +177,7 @@ static int vssd_chan_exchange(struct vssd *vssd, u32 type, size_t tx_len, size_t
 	if (!wait_event_idle_timeout(vssd->chan_wait, READ_ONCE(msg->done),
 				     vssd->live ? MAX_SCHEDULE_TIMEOUT : VSSD_PROBE_TIMEOUT))
 		return -ETIMEDOUT;
-	smp_rmb();	/* pairs with the release in vssd_chan_answered() */
+	smp_rmb();	/* pairs with vssd_chan_answered() */
 	return msg->reclaimed ? -EINTR : 0;
 }
 
@@ -219,14 +224,14 @@ static int vssd_chan_take_geometry(struct vssd *vssd, const struct vssd_hello_re
 			total, block_size);
 		return -EPROTO;
 	}
-	if (vssd->blocks.total &&
-	    (total != vssd->blocks.total || block_size != vssd->block_size)) {
+	if (total < vssd->blocks.total ||
+	    (vssd->blocks.total && block_size != vssd->block_size)) {
 		dev_err(&vssd->vdev->dev,
 			"HELLO: another disk: %u blocks of %u bytes, it was %u blocks of %u bytes\n",
 			total, block_size, vssd->blocks.total, vssd->block_size);
 		return -EPROTO;
 	}
-	vssd->blocks.total = total;
+	vssd->hello_total = total;
 	vssd->block_size = block_size;
 	vssd->block_shift = ilog2(block_size) - SECTOR_SHIFT;
 	vssd->min_blocks = min;
@@ -238,7 +243,8 @@ static int vssd_chan_take_geometry(struct vssd *vssd, const struct vssd_hello_re
 
 /**
  * vssd_chan_hello - begin a session
- * @vssd: the disk; its geometry is set at the first time and compared afterwards
+ * @vssd: the disk. The block size is set at the first time and compared afterwards; the blocks may have
+ *	become more since: vssd->hello_total.
  * @news: the sizes
  */
 int vssd_chan_hello(struct vssd *vssd, struct vssd_news *news)
@@ -259,7 +265,7 @@ int vssd_chan_hello(struct vssd *vssd, struct vssd_news *news)
 	err = vssd_chan_take_geometry(vssd, &resp);
 	if (err)
 		return err;
-	if (news->requested > vssd->blocks.total || news->plugged > vssd->blocks.total)
+	if (news->requested > vssd->hello_total || news->plugged > vssd->hello_total)
 		return -EPROTO;
 	vssd->counters.hellos++;
 	return 0;
@@ -444,6 +450,7 @@ int vssd_chan_take_wait(struct vssd *vssd, struct vssd_news *news)
 	struct vssd_wait_resp resp;
 	int err;
 
+	/* Pairs with vssd_chan_answered(). */
 	if (!smp_load_acquire(&vssd->wait.done))
 		return -EAGAIN;
 	vssd->wait.done = false;
@@ -502,16 +509,16 @@ int vssd_chan_alloc(struct vssd *vssd)
 
 	/* Fewer ranges in a message cost round trips only. */
 	for (; ranges >= 512; ranges /= 2) {
-		vssd->call.tx = kmalloc(sizeof(struct vssd_req) +
-					ranges * sizeof(struct vssd_range),
-					GFP_KERNEL | __GFP_NOWARN);
+		size_t size = sizeof(struct vssd_req) + ranges * sizeof(struct vssd_range);
+
+		vssd->call.tx = kmalloc(size, GFP_KERNEL | __GFP_NOWARN);
 		if (vssd->call.tx)
 			break;
 	}
 	vssd->msg_ranges = ranges;
 	vssd->call.rx = kmalloc(VSSD_STATE_BYTES, GFP_KERNEL);
-	vssd->wait.tx = kzalloc(sizeof(struct vssd_wait_req), GFP_KERNEL);
-	vssd->wait.rx = kzalloc(sizeof(struct vssd_wait_resp), GFP_KERNEL);
+	vssd->wait.tx = kzalloc(VSSD_WAIT_BYTES, GFP_KERNEL);
+	vssd->wait.rx = kzalloc(VSSD_WAIT_BYTES, GFP_KERNEL);
 	vssd->batch = kvmalloc_array(2 * ranges, sizeof(*vssd->batch), GFP_KERNEL);
 	vssd->unplug = vssd->batch + ranges;
 	if (!vssd->call.tx || !vssd->call.rx || !vssd->wait.tx || !vssd->wait.rx || !vssd->batch)

@@ -11,6 +11,7 @@
 #include <linux/blk-mq.h>
 #include <linux/blkdev.h>
 #include <linux/interrupt.h>
+#include <linux/sched/mm.h>
 #include <linux/virtio_config.h>
 
 #include "vssd_conf.h"
@@ -111,17 +112,26 @@ static inline int vssd_compat_map_sg(struct request *req, struct scatterlist *sg
 #endif
 }
 
-/* Waits for the requests in flight and lets no new ones through, until blk_mq_unquiesce_queue(). */
-static inline void vssd_compat_quiesce_idle(struct request_queue *q)
+/*
+ * Waits for the requests in flight and holds new ones back, until vssd_compat_unfreeze(). In between
+ * allocations do not wait for I/O: newer kernels see to that themselves.
+ */
+static inline unsigned int vssd_compat_freeze(struct request_queue *q)
 {
 #ifdef VSSD_HAVE_FREEZE_MEMFLAGS
-	unsigned int memflags = blk_mq_freeze_queue(q);
-
-	blk_mq_quiesce_queue_nowait(q);
-	blk_mq_unfreeze_queue(q, memflags);
+	return blk_mq_freeze_queue(q);
 #else
 	blk_mq_freeze_queue(q);
-	blk_mq_quiesce_queue_nowait(q);
+	return memalloc_noio_save();
+#endif
+}
+
+static inline void vssd_compat_unfreeze(struct request_queue *q, unsigned int memflags)
+{
+#ifdef VSSD_HAVE_FREEZE_MEMFLAGS
+	blk_mq_unfreeze_queue(q, memflags);
+#else
+	memalloc_noio_restore(memflags);
 	blk_mq_unfreeze_queue(q);
 #endif
 }

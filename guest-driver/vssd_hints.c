@@ -30,11 +30,25 @@ void vssd_hints_init(struct vssd_hints *hints)
 	INIT_LIST_HEAD(&hints->aside);
 }
 
-int vssd_hints_alloc(struct vssd_hints *hints, u32 total)
+/**
+ * vssd_hints_extend - make room for hints of more blocks
+ * @hints: the queue
+ * @total: blocks, no fewer than before
+ */
+int vssd_hints_extend(struct vssd_hints *hints, u32 total)
 {
-	hints->queued = kvzalloc(BITS_TO_LONGS(total) * sizeof(unsigned long), GFP_KERNEL);
+	unsigned long *queued = kvcalloc(BITS_TO_LONGS(total), sizeof(long), GFP_KERNEL);
+
+	if (!queued)
+		return -ENOMEM;
+	mutex_lock(&hints->lock);
+	if (hints->total)
+		bitmap_copy(queued, hints->queued, hints->total);
+	swap(hints->queued, queued);
 	hints->total = total;
-	return hints->queued ? 0 : -ENOMEM;
+	mutex_unlock(&hints->lock);
+	kvfree(queued);
+	return 0;
 }
 
 static void vssd_hints_drop(struct vssd_hints *hints)
@@ -87,21 +101,26 @@ static int vssd_hints_append(struct list_head *list, u32 start, u32 count)
  * @hints: the queue
  * @start: first block
  * @count: blocks
- * @evicted: bitmap of blocks to ignore
+ * @blocks: the states of the blocks
  *
- * Blocks that are queued already keep their place.
+ * Blocks that are queued already keep their place. Those that are evicted are ignored.
  *
  * Return: 0, -ERANGE when the range is empty or not inside the disk, -ENOMEM with a part of it queued.
  */
-int vssd_hints_add(struct vssd_hints *hints, u32 start, u32 count, const unsigned long *evicted)
+int vssd_hints_add(struct vssd_hints *hints, u32 start, u32 count,
+		   const struct vssd_blocks *blocks)
 {
+	const unsigned long *evicted;
 	unsigned long block, limit, end;
 	int err = 0;
 
-	if (!count || start >= hints->total || count > hints->total - start)
-		return -ERANGE;
-
 	mutex_lock(&hints->lock);
+	if (!count || start >= hints->total || count > hints->total - start) {
+		mutex_unlock(&hints->lock);
+		return -ERANGE;
+	}
+	/* Replaced only with this lock held. */
+	evicted = blocks->evicted;
 	limit = (unsigned long)start + count;
 	for (block = start; block < limit; block = end) {
 		if (test_bit(block, evicted)) {

@@ -89,7 +89,7 @@ static struct vssd *vssd_alloc(struct virtio_device *vdev)
 	vssd->nominate = VSSD_NOMINATE_EMPTY;
 	vssd->hint_wait_ms = VSSD_HINT_WAIT_MS;
 	vssd->wait_armed = jiffies - HZ;
-	mutex_init(&vssd->blocks.lock);
+	vssd_blocks_init(&vssd->blocks);
 	mutex_init(&vssd->pull_lock);
 	init_waitqueue_head(&vssd->chan_wait);
 	init_waitqueue_head(&vssd->drain_wait);
@@ -118,15 +118,9 @@ static int vssd_identify(struct vssd *vssd)
 	if (!err)
 		err = vssd_chan_get_id(vssd);
 	if (!err)
-		err = vssd_blocks_alloc(&vssd->blocks);
-	if (!err)
-		err = vssd_hints_alloc(&vssd->hints, vssd->blocks.total);
+		err = vssd_extend(vssd, vssd->hello_total);
 	if (err)
 		return err;
-	vssd->scratch = kvmalloc(BITS_TO_LONGS(vssd->blocks.total) * sizeof(unsigned long),
-				 GFP_KERNEL);
-	if (!vssd->scratch)
-		return -ENOMEM;
 	err = vssd_resync(vssd);
 	if (err)
 		dev_err(dev, "cannot read the plugged set (%d)\n", err);
@@ -214,9 +208,13 @@ static void vssd_remove(struct virtio_device *vdev)
 static int vssd_freeze(struct virtio_device *vdev)
 {
 	struct vssd *vssd = vdev->priv;
+	struct request_queue *q = vssd->disk->queue;
+	unsigned int memflags;
 
 	vssd_resize_stop(vssd);
-	vssd_compat_quiesce_idle(vssd->disk->queue);
+	memflags = vssd_compat_freeze(q);
+	blk_mq_quiesce_queue_nowait(q);
+	vssd_compat_unfreeze(q, memflags);
 	virtio_reset_device(vdev);
 	vssd_blk_reclaim(vssd);
 	vssd_blk_free_vqs(vssd);

@@ -212,11 +212,11 @@ static const struct seq_operations vssd_evicted_seq = {
 static int vssd_evicted_open(struct inode *inode, struct file *file)
 {
 	struct vssd_blocks *blocks = &((struct vssd *)pde_data(inode))->blocks;
-	size_t size = BITS_TO_LONGS(blocks->total) * sizeof(unsigned long);
+	u32 total = READ_ONCE(blocks->total);
 	struct vssd_evicted_file *f;
 	unsigned long *map;
 
-	map = kvmalloc(size, GFP_KERNEL_ACCOUNT);
+	map = kvmalloc_array(BITS_TO_LONGS(total), sizeof(long), GFP_KERNEL_ACCOUNT);
 	if (!map)
 		return -ENOMEM;
 	f = __seq_open_private(file, &vssd_evicted_seq, sizeof(*f));
@@ -224,10 +224,11 @@ static int vssd_evicted_open(struct inode *inode, struct file *file)
 		kvfree(map);
 		return -ENOMEM;
 	}
-	f->total = blocks->total;
+	f->total = total;
 	f->map = map;
+	/* Should the disk become larger just now, this is how it was before. */
 	mutex_lock(&blocks->lock);
-	bitmap_copy(map, blocks->evicted, blocks->total);
+	bitmap_copy(map, blocks->evicted, total);
 	mutex_unlock(&blocks->lock);
 	return 0;
 }
@@ -324,7 +325,7 @@ static int vssd_hints_line(struct vssd *vssd, char *line)
 		return -EINVAL;
 	if (start_err || count_err)
 		return -ERANGE;
-	return vssd_hints_add(&vssd->hints, start, count, vssd->blocks.evicted);
+	return vssd_hints_add(&vssd->hints, start, count, &vssd->blocks);
 }
 
 /*

@@ -28,6 +28,7 @@
 #include <linux/sched/mm.h>
 
 #include "vssd.h"
+#include "vssd_compat.h"
 
 #define VSSD_BACKOFF_FIRST_MS	50
 #define VSSD_BACKOFF_LAST_MS	(60 * 1000)
@@ -200,6 +201,43 @@ int vssd_resync(struct vssd *vssd)
 }
 
 /**
+ * vssd_extend - make room for more blocks
+ * @vssd: the disk; nothing is fenced
+ * @total: blocks
+ *
+ * The tables are replaced under the feet of the data path, so here, and only here, the queue is frozen:
+ * this happens once in the life of a disk, if at all.
+ *
+ * Context: probe or work item.
+ */
+int vssd_extend(struct vssd *vssd, u32 total)
+{
+	struct request_queue *q = vssd->disk ? vssd->disk->queue : NULL;
+	unsigned long *scratch;
+	unsigned int memflags = 0;
+	int err;
+
+	scratch = kvmalloc_array(BITS_TO_LONGS(total), sizeof(long), GFP_KERNEL);
+	if (!scratch)
+		return -ENOMEM;
+	swap(vssd->scratch, scratch);
+	kvfree(scratch);
+
+	if (q)
+		memflags = vssd_compat_freeze(q);
+	mutex_lock(&vssd->hints.lock);
+	err = vssd_blocks_extend(&vssd->blocks, total);
+	mutex_unlock(&vssd->hints.lock);
+	if (q)
+		vssd_compat_unfreeze(q, memflags);
+	if (!err)
+		err = vssd_hints_extend(&vssd->hints, total);
+	if (!err && q)
+		set_capacity_and_notify(vssd->disk, (sector_t)total << vssd->block_shift);
+	return err;
+}
+
+/**
  * vssd_begin_session - HELLO
  * @vssd: the disk
  *
@@ -213,6 +251,11 @@ int vssd_begin_session(struct vssd *vssd)
 	err = vssd_chan_hello(vssd, &news);
 	if (err)
 		return err;
+	if (vssd->live && vssd->hello_total > vssd->blocks.total) {
+		err = vssd_extend(vssd, vssd->hello_total);
+		if (err)
+			return err;
+	}
 	vssd->session = true;
 	vssd->seq = 0;
 	WRITE_ONCE(vssd->seq_heard, 0);
