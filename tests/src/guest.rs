@@ -108,7 +108,14 @@ impl Guest {
 
     /// Waits for a job and notices a dead machine or kernel meanwhile.
     pub fn wait(&mut self, job: &Job, limit: Duration) -> Result<Output> {
-        job.wait_watching(limit, || self.alive())
+        let outcome = job.wait_watching(limit, || self.alive());
+        if outcome.is_err() && !job.ended() && self.alive().is_ok() {
+            // It hangs. The kernel knows where.
+            let dump = self.spawn("echo w > /proc/sysrq-trigger");
+            let _ = dump.and_then(|dump| dump.wait(Duration::from_secs(5)));
+            return outcome.with_context(|| self.console_tail(60));
+        }
+        outcome
     }
 
     /// Runs a command that must succeed and gives its trimmed output.

@@ -31,6 +31,11 @@ pub const ACCEL_ENV: &str = "VSSD_ACCEL";
 /// In hardware a guest boots in a second or two.
 const KVM_BOOT: Duration = Duration::from_secs(8);
 
+/// Few boot messages, no work for hardware that is not there, and patience: a busy host starves emulated processors,
+/// which is no lockup of the guest. A task that hangs is reported before a command's usual limit.
+const CMDLINE: &str = "console=ttyS0 loglevel=5 panic=0 mitigations=off no_timer_check random.trust_cpu=on \
+    rcupdate.rcu_cpu_stall_timeout=60 watchdog_thresh=60 sysctl.kernel.hung_task_timeout_secs=60";
+
 /// How many guests' consoles stay in the cache.
 const CONSOLES: usize = 50;
 
@@ -252,8 +257,7 @@ impl Qemu {
         qemu.args(["-object", &format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib)]);
         qemu.arg("-kernel").arg(self.image.kernel().image());
         qemu.arg("-initrd").arg(self.image.initramfs());
-        let quiet = "loglevel=5 panic=0 mitigations=off no_timer_check random.trust_cpu=on";
-        qemu.args(["-append", &format!("console=ttyS0 {quiet}{}", self.cmdline)]);
+        qemu.args(["-append", &format!("{CMDLINE}{}", self.cmdline)]);
         // Option renamed; the old one is refused from 10.1 on, the new one before 9.2.
         let reconnect = if self.binary.version >= (9, 2) { "reconnect-ms=200" } else { "reconnect=1" };
         for (at, disk) in self.disks.iter().enumerate() {

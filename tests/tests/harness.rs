@@ -66,6 +66,18 @@ fn a_panic_ends_the_wait_for_a_command_and_is_shown() -> Result<()> {
 }
 
 #[test]
+fn a_command_that_hangs_is_given_up_with_what_the_kernel_knows() -> Result<()> {
+    let _slot = guest_slot()?;
+    let mut guest = Qemu::new(QemuBinary::debian()?, &GuestImage::stock(&Kernel::debian()?)?).boot()?;
+    let Err(error) = guest.sh_within("echo started; sleep 1000", Duration::from_secs(1)) else {
+        bail!("a command that sleeps gave an answer");
+    };
+    let text = format!("{error:#}");
+    ensure!(text.contains("started") && text.contains("Show Blocked State"), "{text}");
+    guest.ok("true").map(drop)
+}
+
+#[test]
 fn a_machine_that_is_gone_ends_the_wait_for_a_command() -> Result<()> {
     let _slot = guest_slot()?;
     let mut guest = Qemu::new(QemuBinary::debian()?, &GuestImage::stock(&Kernel::debian()?)?).boot()?;
