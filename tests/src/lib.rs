@@ -46,6 +46,7 @@ pub mod demo;
 pub mod guest;
 pub mod image;
 pub mod kernel;
+pub mod mock;
 pub mod paths;
 pub mod pattern;
 pub mod process;

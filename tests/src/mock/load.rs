@@ -1,0 +1,354 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! Random I/O that knows what every sector must hold: each write leaves its own version of each sector it covers.
+//!
+//! Requests that overlap are never in flight together unless all are reads, so every read has one right answer.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+use rand::Rng;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+
+use super::PATIENCE;
+use super::queue::{
+    Answer, Layout, Queue, S_OK, SECTOR, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, range_segment,
+};
+use super::ring::Segment;
+use crate::pattern;
+
+const SECTOR_LEN: usize = 512;
+/// Bytes of the largest request.
+const LARGEST: u64 = 256 << 10;
+/// Most pieces of memory in one request.
+const PIECES: usize = 6;
+
+/// How the load is made.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    /// Bytes of the disk that it uses.
+    pub bytes: Range<u64>,
+    /// Unit of requests in bytes: the logical block.
+    pub unit: u64,
+    /// Unit in which a discard takes effect.
+    pub block: u64,
+    /// Requests in flight on each queue.
+    pub depth: usize,
+    /// DISCARD and WRITE_ZEROES too.
+    pub zeroing: bool,
+}
+
+#[derive(Debug)]
+struct Flight {
+    kind: u32,
+    sectors: Range<u64>,
+    memory: u64,
+    version: u32,
+    order: u64,
+}
+
+/// What the load did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    pub reads: u64,
+    pub writes: u64,
+    pub flushes: u64,
+    pub zeroings: u64,
+    /// Answers that overtook an older request of their queue.
+    pub overtaken: u64,
+}
+
+/// A load and its queues.
+#[derive(Debug)]
+pub struct Load {
+    pub queues: Vec<Queue>,
+    pub counts: Counts,
+    profile: Profile,
+    seed: u64,
+    rng: StdRng,
+    /// Of every sector of the range; 0 is zeroes.
+    versions: Vec<u32>,
+    version: u32,
+    order: u64,
+    flights: HashMap<(usize, u16), Flight>,
+    memory: Vec<u64>,
+}
+
+impl Load {
+    /// The part of the disk that is used must hold zeroes.
+    pub fn new(queues: Vec<Queue>, profile: Profile, seed: u64) -> Result<Self> {
+        let sectors = usize::try_from((profile.bytes.end - profile.bytes.start) / SECTOR)?;
+        let count = profile.depth * queues.len();
+        let ram = &queues[0].ring.ram;
+        // A page more than needed, so that requests can begin anywhere in it.
+        let memory = (0..count).map(|_| ram.alloc(LARGEST + 4096, 4096)).collect();
+        Ok(Self {
+            queues,
+            counts: Counts::default(),
+            profile,
+            seed,
+            rng: super::rng(seed),
+            versions: vec![0; sectors],
+            version: 0,
+            order: 0,
+            flights: HashMap::new(),
+            memory,
+        })
+    }
+
+    /// Requests in flight.
+    pub fn in_flight(&self) -> usize {
+        self.flights.len()
+    }
+
+    fn content(&self, sector: u64, version: u32, bytes: &mut [u8]) {
+        if version == 0 {
+            bytes.fill(0);
+        } else {
+            pattern::fill(bytes, self.seed ^ u64::from(version) << 32, sector);
+        }
+    }
+
+    fn version_of(&mut self, sector: u64) -> &mut u32 {
+        let index = usize::try_from(sector - self.profile.bytes.start / SECTOR).unwrap_or(usize::MAX);
+        &mut self.versions[index]
+    }
+
+    /// Sends requests until every queue has its depth.
+    pub fn fill(&mut self) -> Result<()> {
+        for queue in 0..self.queues.len() {
+            let mut tries = 4 * self.profile.depth;
+            while self.queues[queue].in_flight() < self.profile.depth && tries > 0 {
+                self.send(queue)?;
+                tries -= 1;
+            }
+            self.queues[queue].ring.publish()?;
+        }
+        Ok(())
+    }
+
+    fn choose(&mut self) -> (u32, Range<u64>) {
+        let kind = match self.rng.random_range(0..100) {
+            0..45 => T_IN,
+            45..90 => T_OUT,
+            90..94 => T_FLUSH,
+            _ if !self.profile.zeroing => T_OUT,
+            94..97 => T_DISCARD,
+            _ => T_WRITE_ZEROES,
+        };
+        if kind == T_FLUSH {
+            return (kind, 0..0);
+        }
+        let unit = self.profile.unit;
+        let longest = LARGEST / unit;
+        // Mostly small, at times as large as a few blocks.
+        let units = match self.rng.random_range(0..10) {
+            0..5 => 1,
+            5..9 => self.rng.random_range(1..=longest.min(64)),
+            _ => self.rng.random_range(1..=longest),
+        };
+        let (first, end) = (self.profile.bytes.start / unit, self.profile.bytes.end / unit);
+        let units = units.min(end - first);
+        let start = self.rng.random_range(first..=end - units);
+        let per_unit = unit / SECTOR;
+        (kind, start * per_unit..(start + units) * per_unit)
+    }
+
+    fn collides(&self, kind: u32, sectors: &Range<u64>) -> bool {
+        self.flights.values().any(|other| {
+            (kind != T_IN || other.kind != T_IN)
+                && other.sectors.start < sectors.end
+                && sectors.start < other.sectors.end
+        })
+    }
+
+    fn send(&mut self, queue: usize) -> Result<()> {
+        let (kind, sectors) = self.choose();
+        if self.collides(kind, &sectors) {
+            return Ok(());
+        }
+        let Some(memory) = self.memory.pop() else { return Ok(()) };
+        let len = usize::try_from((sectors.end - sectors.start) * SECTOR)?;
+        let mut version = 0;
+        let at = memory + self.rng.random_range(0..4096);
+        let (sector, data) = match kind {
+            T_FLUSH => (0, Vec::new()),
+            T_DISCARD | T_WRITE_ZEROES => {
+                let flags = u32::from(kind == T_WRITE_ZEROES && self.rng.random());
+                let segment = range_segment(sectors.start * SECTOR, len as u64, flags)?;
+                self.queues[queue].ring.ram.write(at, &segment);
+                (0, vec![Segment::out(at, 16)])
+            }
+            _ => {
+                if kind == T_OUT {
+                    self.version += 1;
+                    version = self.version;
+                    let mut bytes = vec![0; len];
+                    for (sector, bytes) in sectors.clone().zip(bytes.chunks_mut(SECTOR_LEN)) {
+                        self.content(sector, version, bytes);
+                    }
+                    self.queues[queue].ring.ram.write(at, &bytes);
+                } else {
+                    self.queues[queue].ring.ram.fill(at, len, 0xa5);
+                }
+                (sectors.start, self.pieces(at, len, kind == T_IN)?)
+            }
+        };
+        self.queues[queue].layout = if self.rng.random() { Layout::Direct } else { Layout::Table };
+        if self.queues[queue].ring.free() < data.len() + 2 {
+            self.queues[queue].layout = Layout::Table;
+        }
+        let head = self.queues[queue].prepare(kind, sector, &data)?;
+        self.order += 1;
+        // The memory's first byte says whose it is when it comes back.
+        let flight = Flight { kind, sectors, memory: at, version, order: self.order };
+        self.flights.insert((queue, head), flight);
+        Ok(())
+    }
+
+    /// Cuts `len` bytes at `at` into pieces of odd lengths.
+    fn pieces(&mut self, at: u64, len: usize, write: bool) -> Result<Vec<Segment>> {
+        let mut cuts: Vec<usize> =
+            (1..self.rng.random_range(1..=PIECES)).map(|_| self.rng.random_range(1..len)).collect();
+        cuts.extend([0, len]);
+        cuts.sort_unstable();
+        cuts.dedup();
+        cuts.windows(2)
+            .map(|cut| Ok(Segment { addr: at + cut[0] as u64, len: u32::try_from(cut[1] - cut[0])?, write }))
+            .collect()
+    }
+
+    fn settle(&mut self, queue: usize, answer: Answer) -> Result<()> {
+        let Some(flight) = self.flights.remove(&(queue, answer.head)) else {
+            anyhow::bail!("queue {queue}: {answer:?} for a request that is not in flight");
+        };
+        let what = || format!("queue {queue}: {flight:?}: {answer:?}");
+        ensure!(answer.status == S_OK, "{}", what());
+        self.memory.push(flight.memory & !0xfff);
+        if self.flights.iter().any(|((q, _), other)| *q == queue && other.order < flight.order) {
+            self.counts.overtaken += 1;
+        }
+        match flight.kind {
+            T_IN => {
+                self.counts.reads += 1;
+                let len = usize::try_from((flight.sectors.end - flight.sectors.start) * SECTOR)?;
+                ensure!(usize::try_from(answer.written)? == len + 1, "{}", what());
+                let found = self.queues[queue].ring.ram.read(flight.memory, len);
+                self.compare(flight.sectors.start, &found)?;
+            }
+            T_OUT => {
+                self.counts.writes += 1;
+                for sector in flight.sectors.clone() {
+                    *self.version_of(sector) = flight.version;
+                }
+            }
+            T_FLUSH => self.counts.flushes += 1,
+            kind => {
+                self.counts.zeroings += 1;
+                let Range { mut start, mut end } = flight.sectors;
+                if kind == T_DISCARD {
+                    let block = self.profile.block / SECTOR;
+                    (start, end) = (start.next_multiple_of(block), end / block * block);
+                }
+                for sector in start..end {
+                    *self.version_of(sector) = 0;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn compare(&mut self, first: u64, found: &[u8]) -> Result<()> {
+        let mut expected = [0; SECTOR_LEN];
+        for (sector, found) in (first..).zip(found.chunks(SECTOR_LEN)) {
+            let version = *self.version_of(sector);
+            self.content(sector, version, &mut expected);
+            ensure!(
+                found == expected,
+                "sector {sector} should hold version {version} and holds {}",
+                self.describe(sector, found)
+            );
+        }
+        Ok(())
+    }
+
+    /// What a sector that is wrong holds instead.
+    fn describe(&self, sector: u64, found: &[u8]) -> String {
+        if found.iter().all(|byte| *byte == 0) {
+            return "zeroes".into();
+        }
+        let mut bytes = [0; SECTOR_LEN];
+        let older = (1..=self.version).rev().find(|version| {
+            self.content(sector, *version, &mut bytes);
+            found == bytes
+        });
+        older.map_or_else(|| "something else".into(), |version| format!("version {version}"))
+    }
+
+    /// Takes the answers that are there; waits for one if there is none.
+    pub fn collect(&mut self) -> Result<usize> {
+        let mut taken = self.collect_ready()?;
+        if taken == 0
+            && let Some(queue) = (0..self.queues.len()).find(|queue| self.queues[*queue].in_flight() > 0)
+        {
+            let answer = self.queues[queue].next(PATIENCE)?;
+            self.settle(queue, answer)?;
+            taken = 1 + self.collect_ready()?;
+        }
+        Ok(taken)
+    }
+
+    fn collect_ready(&mut self) -> Result<usize> {
+        let mut taken = 0;
+        for queue in 0..self.queues.len() {
+            while let Some(answer) = self.queues[queue].try_next()? {
+                self.settle(queue, answer)?;
+                taken += 1;
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Carries out about `requests` requests; some may be in flight at the end.
+    pub fn run(&mut self, requests: usize) -> Result<()> {
+        let mut done = 0;
+        while done < requests {
+            self.fill()?;
+            done += self.collect()?;
+        }
+        Ok(())
+    }
+
+    /// Waits for everything in flight.
+    pub fn drain(&mut self) -> Result<()> {
+        while !self.flights.is_empty() {
+            self.collect()?;
+        }
+        Ok(())
+    }
+
+    /// Reads every sector of the range and judges it.
+    pub fn verify(&mut self) -> Result<()> {
+        self.drain()?;
+        let step = 1 << 20;
+        let mut at = self.profile.bytes.start;
+        while at < self.profile.bytes.end {
+            let len = usize::try_from((self.profile.bytes.end - at).min(step))?;
+            let read = self.queues[0].read(at, len)?;
+            let found = read.map_err(|status| anyhow::anyhow!("read at {at:#x}: status {status:#x}"))?;
+            self.compare(at / SECTOR, &found)?;
+            at += len as u64;
+        }
+        Ok(())
+    }
+
+    /// Forgets what was in flight and the order of choices, for queues of a new driver. What was in flight and wrote may or
+    /// may not have happened, so it must have been drained.
+    pub fn adopt(&mut self, queues: Vec<Queue>) -> Result<()> {
+        ensure!(self.flights.is_empty(), "requests are in flight");
+        self.queues = queues;
+        self.memory.shuffle(&mut self.rng);
+        Ok(())
+    }
+}
