@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A lane's io_uring: reads, writes and flushes of media that are not memory.
+//!
+//! A request is made of parts, each one run of bytes on one medium. Parts sit in slots that are reused, so
+//! nothing is allocated once the lane has warmed up. It knows media and buffers, neither blocks nor vSSDs.
+
+use std::io;
+use std::os::fd::AsRawFd;
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use super::iov;
+use crate::store::{AlignedBuf, RingTarget};
+use crate::types::{IoError, MediumKind};
+
+/// Submission queue entries; more parts than that are submitted in several calls.
+const ENTRIES: u32 = 256;
+/// The most buffers the kernel takes in one call (IOV_MAX).
+const MAX_IOV: usize = 1024;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Direction {
+    Read,
+    Write,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Transfer(Direction),
+    /// A flush, and how many writes had completed when it began.
+    Flush(u64),
+}
+
+/// One run of bytes under way.
+#[derive(Debug)]
+struct Part {
+    request: u32,
+    medium: MediumKind,
+    kind: Kind,
+    offset: u64,
+    left: u64,
+    /// Bytes of the whole part.
+    total: u64,
+    /// What the kernel works on: the guest's buffers, or the bounce buffer.
+    iov: Vec<libc::iovec>,
+    at: usize,
+    bounce: Option<AlignedBuf>,
+    /// Of a bounced read: where its bytes go, and how many at the front of the bounce buffer were not asked for.
+    copy_to: Vec<libc::iovec>,
+    skip: usize,
+}
+
+/// A part that is over.
+#[derive(Debug)]
+pub(super) struct Finished {
+    pub(super) request: u32,
+    pub(super) medium: MediumKind,
+    /// Bytes written.
+    pub(super) written: u64,
+    /// Of a flush: the writes it covers.
+    pub(super) flushed: Option<u64>,
+    pub(super) result: Result<(), IoError>,
+}
+
+pub(super) struct Ring {
+    ring: IoUring,
+    targets: [Option<Target>; 2],
+    parts: Vec<Part>,
+    free: Vec<u32>,
+    /// Parts whose entry could not be queued yet.
+    unqueued: Vec<u32>,
+    in_flight: usize,
+    #[cfg(test)]
+    pub(super) longest: Option<u64>,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Ring({} in flight)", self.in_flight)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Target {
+    /// Its place in the ring's table of files.
+    index: u32,
+    memory_align: u64,
+    offset_align: u64,
+}
+
+impl Ring {
+    /// Completions make `event` readable. The thread that calls this must be the one that uses the ring.
+    pub(super) fn new(media: [Option<RingTarget<'_>>; 2], event: i32) -> io::Result<Self> {
+        let ring = build()?;
+        ring.submitter().register_eventfd(event)?;
+        let mut targets = [None; 2];
+        let mut files = Vec::new();
+        for (target, medium) in targets.iter_mut().zip(&media) {
+            if let Some(medium) = medium {
+                *target = Some(Target {
+                    // At most two.
+                    index: u32::from(!files.is_empty()),
+                    memory_align: u64::from(medium.memory_align),
+                    offset_align: u64::from(medium.offset_align),
+                });
+                files.push(medium.fd.as_raw_fd());
+            }
+        }
+        ring.submitter().register_files(&files)?;
+        Ok(Self {
+            ring,
+            targets,
+            parts: Vec::new(),
+            free: Vec::new(),
+            unqueued: Vec::new(),
+            in_flight: 0,
+            #[cfg(test)]
+            longest: None,
+        })
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn slot(&mut self, request: u32, medium: MediumKind, kind: Kind, offset: u64) -> u32 {
+        let id = self.free.pop().unwrap_or_else(|| {
+            self.parts.push(Part {
+                request: 0,
+                medium,
+                kind,
+                offset: 0,
+                left: 0,
+                total: 0,
+                iov: Vec::new(),
+                at: 0,
+                bounce: None,
+                copy_to: Vec::new(),
+                skip: 0,
+            });
+            // A lane has at most a few thousand requests.
+            u32::try_from(self.parts.len() - 1).unwrap_or(u32::MAX)
+        });
+        let part = &mut self.parts[id as usize];
+        part.request = request;
+        part.medium = medium;
+        part.kind = kind;
+        part.offset = offset;
+        part.left = 0;
+        part.total = 0;
+        part.iov.clear();
+        part.at = 0;
+        part.copy_to.clear();
+        part.skip = 0;
+        id
+    }
+
+    /// Prepares the transfer of `len` bytes at `offset` of a medium from or to the next bytes of `buffers`.
+    /// `parts` is raised by how many parts will be reported, also when it fails half-way.
+    pub(super) fn transfer(
+        &mut self,
+        request: u32,
+        (medium, offset, len): (MediumKind, u64, u64),
+        direction: Direction,
+        buffers: &mut iov::Cursor<'_>,
+        parts: &mut u32,
+    ) -> Result<(), IoError> {
+        let Some(target) = self.targets[medium.index()] else { return Err(IoError::Io(libc::ENODEV)) };
+        let align = target.offset_align;
+        let mut done = 0;
+        while done < len {
+            let id = self.slot(request, medium, Kind::Transfer(direction), offset + done);
+            let part = &mut self.parts[id as usize];
+            let mut is_aligned = true;
+            // A part ends on a sector, or it could not be written; then it has too many buffers and is bounced.
+            while done < len && (part.iov.len() < MAX_IOV || !(part.offset + part.left).is_multiple_of(align))
+            {
+                let Some((at, n)) = buffers.take(len - done) else { break };
+                // Kernels before 6.18 want whole sectors in every buffer, not only in their sum.
+                is_aligned &= (at.addr() as u64).is_multiple_of(target.memory_align)
+                    && (n as u64).is_multiple_of(align);
+                part.iov.push(libc::iovec { iov_base: at.cast(), iov_len: n });
+                part.left += n as u64;
+                done += n as u64;
+            }
+            is_aligned &= (part.offset | part.left).is_multiple_of(align) && part.iov.len() <= MAX_IOV;
+            let prepared = if part.left == 0 {
+                Err(IoError::Io(libc::EFAULT))
+            } else if is_aligned {
+                Ok(())
+            } else {
+                bounce(part, target, direction)
+            };
+            if let Err(error) = prepared {
+                self.free.push(id);
+                return Err(error);
+            }
+            part.total = part.left;
+            *parts += 1;
+            self.queue(id);
+        }
+        Ok(())
+    }
+
+    /// Prepares a flush of a medium's file that covers `writes` completed writes.
+    pub(super) fn flush(&mut self, request: u32, medium: MediumKind, writes: u64) {
+        let id = self.slot(request, medium, Kind::Flush(writes), 0);
+        self.queue(id);
+    }
+
+    fn queue(&mut self, id: u32) {
+        let Some(entry) = self.entry(id) else {
+            self.unqueued.push(id);
+            return;
+        };
+        self.in_flight += 1;
+        // SAFETY: the entry names the part's iovec array, or the buffer in it. The array's heap memory stays
+        // where it is and is not changed until the part's completion was seen (slots are only reused then);
+        // the buffers are the caller's promise to `Lane`, or the part's own bounce buffer, kept as long.
+        if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+            return;
+        }
+        self.submit();
+        // SAFETY: as above.
+        if unsafe { self.ring.submission().push(&entry) }.is_err() {
+            self.in_flight -= 1;
+            self.unqueued.push(id);
+        }
+    }
+
+    fn entry(&self, id: u32) -> Option<squeue::Entry> {
+        let part = self.parts.get(id as usize)?;
+        let file = types::Fixed(self.targets[part.medium.index()]?.index);
+        let entry = match part.kind {
+            Kind::Flush(_) => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+            Kind::Transfer(direction) => {
+                let iov = &part.iov[part.at..];
+                #[cfg(test)]
+                let iov = &iov[..self.longest.map_or(iov.len(), |_| 1)];
+                match (direction, iov) {
+                    (_, [one]) => {
+                        let len = u32::try_from(one.iov_len).unwrap_or(1 << 30);
+                        #[cfg(test)]
+                        let len = self
+                            .longest
+                            .map_or(len, |longest| len.min(u32::try_from(longest).unwrap_or(len)));
+                        let at = one.iov_base.cast::<u8>();
+                        match direction {
+                            Direction::Read => opcode::Read::new(file, at, len).offset(part.offset).build(),
+                            Direction::Write => opcode::Write::new(file, at, len).offset(part.offset).build(),
+                        }
+                    }
+                    (Direction::Read, many) => {
+                        opcode::Readv::new(file, many.as_ptr(), u32::try_from(many.len()).ok()?)
+                            .offset(part.offset)
+                            .build()
+                    }
+                    (Direction::Write, many) => {
+                        opcode::Writev::new(file, many.as_ptr(), u32::try_from(many.len()).ok()?)
+                            .offset(part.offset)
+                            .build()
+                    }
+                }
+            }
+        };
+        Some(entry.user_data(u64::from(id)))
+    }
+
+    /// Hands what is prepared to the kernel.
+    pub(super) fn submit(&mut self) {
+        while !self.ring.submission().is_empty() {
+            match self.ring.submit() {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    // EAGAIN and EBUSY: the kernel wants completions reaped first. The entries stay queued and
+                    // `reap` submits again.
+                    if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) {
+                        tracing::error!(%error, "cannot submit to io_uring");
+                    }
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Waits until something completes; `false` if that cannot be had.
+    pub(super) fn wait(&mut self) -> bool {
+        self.in_flight == 0
+            || matches!(
+                self.ring.submit_and_wait(1).map_err(|error| error.kind()),
+                Ok(_) | Err(io::ErrorKind::Interrupted)
+            )
+    }
+
+    /// Reports parts that are over.
+    pub(super) fn reap(&mut self, mut over: impl FnMut(Finished)) {
+        if self.in_flight == 0 && self.unqueued.is_empty() {
+            return;
+        }
+        self.run_task_work();
+        loop {
+            let Some(completion) = self.ring.completion().next() else { break };
+            let Ok(id) = u32::try_from(completion.user_data()) else { continue };
+            self.in_flight -= 1;
+            if let Some(finished) = self.complete(id, completion.result()) {
+                over(finished);
+            }
+        }
+        for id in std::mem::take(&mut self.unqueued) {
+            self.queue(id);
+        }
+        self.submit();
+    }
+
+    /// With deferred task work, completions appear only when the thread asks for them.
+    fn run_task_work(&mut self) {
+        let (taskrun, overflow) = {
+            let submission = self.ring.submission();
+            (submission.taskrun(), submission.cq_overflow())
+        };
+        if taskrun || overflow {
+            const GETEVENTS: u32 = 1;
+            // SAFETY: no argument pointer is passed; nothing is submitted.
+            let entered = unsafe { self.ring.submitter().enter::<libc::sigset_t>(0, 0, GETEVENTS, None) };
+            if let Err(error) = entered
+                && !matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY))
+            {
+                tracing::error!(%error, "cannot run io_uring's deferred work");
+            }
+        }
+    }
+
+    fn complete(&mut self, id: u32, result: i32) -> Option<Finished> {
+        let part = self.parts.get_mut(id as usize)?;
+        let mut finished = Finished {
+            request: part.request,
+            medium: part.medium,
+            written: 0,
+            flushed: None,
+            result: Ok(()),
+        };
+        match (part.kind, u64::try_from(result)) {
+            (_, Err(_)) if matches!(-result, libc::EAGAIN | libc::EINTR) => {
+                self.queue(id);
+                return None;
+            }
+            (_, Err(_)) => {
+                finished.result =
+                    Err(if -result == libc::ENOSPC { IoError::NoSpace } else { IoError::Io(-result) });
+            }
+            (Kind::Flush(writes), Ok(_)) => finished.flushed = Some(writes),
+            // Nothing more comes: the medium is shorter than it was.
+            (Kind::Transfer(_), Ok(0)) => finished.result = Err(IoError::Io(libc::EIO)),
+            (Kind::Transfer(direction), Ok(n)) => {
+                if n < part.left {
+                    // A short transfer: go on where it stopped.
+                    part.left -= n;
+                    part.offset += n;
+                    iov::advance(&mut part.iov, &mut part.at, usize::try_from(n).unwrap_or(usize::MAX));
+                    self.queue(id);
+                    return None;
+                }
+                finished.result = finish_transfer(part, direction);
+                finished.written = if direction == Direction::Write { part.total } else { 0 };
+            }
+        }
+        self.free.push(id);
+        Some(finished)
+    }
+}
+
+fn build() -> io::Result<IoUring> {
+    let mut best = IoUring::builder();
+    best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_cqsize(4 * ENTRIES);
+    let mut good = IoUring::builder();
+    good.setup_coop_taskrun().setup_taskrun_flag().setup_cqsize(4 * ENTRIES);
+    best.build(ENTRIES).or_else(|_| good.build(ENTRIES)).or_else(|_| IoUring::new(ENTRIES))
+}
+
+/// Replaces the part's buffers by an aligned one of its own.
+fn bounce(part: &mut Part, target: Target, direction: Direction) -> Result<(), IoError> {
+    let align = target.offset_align;
+    let start = part.offset & !(align - 1);
+    let end = (part.offset + part.left).next_multiple_of(align);
+    let is_whole = start == part.offset && end == part.offset + part.left;
+    if direction == Direction::Write && !is_whole {
+        // Less than the medium's sector: would have to read and write back what others may be writing.
+        return Err(IoError::OutOfRange);
+    }
+    // Both are bounded by the request's length, which fits in memory.
+    let len = usize::try_from(end - start).map_err(|_| IoError::OutOfRange)?;
+    part.skip = usize::try_from(part.offset - start).map_err(|_| IoError::OutOfRange)?;
+    let buffer = match part.bounce.take() {
+        Some(buffer) if buffer.len() >= len => buffer,
+        _ => AlignedBuf::zeroed(len),
+    };
+    if direction == Direction::Write {
+        let mut at = buffer.as_mut_ptr();
+        for piece in &part.iov {
+            // SAFETY: the caller of `Lane::write` keeps the guest's buffers readable; the bounce buffer is at
+            // least as long as their sum, and no slice of it exists.
+            unsafe {
+                std::ptr::copy(piece.iov_base.cast::<u8>(), at, piece.iov_len);
+                at = at.add(piece.iov_len);
+            }
+        }
+    }
+    std::mem::swap(&mut part.copy_to, &mut part.iov);
+    part.iov.clear();
+    part.iov.push(libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: len });
+    part.bounce = Some(buffer);
+    part.offset = start;
+    part.left = end - start;
+    Ok(())
+}
+
+/// After the last byte: a bounced read is copied to where it was wanted.
+fn finish_transfer(part: &Part, direction: Direction) -> Result<(), IoError> {
+    let (Direction::Read, Some(buffer), false) = (direction, &part.bounce, part.copy_to.is_empty()) else {
+        return Ok(());
+    };
+    let mut from = part.skip;
+    for piece in &part.copy_to {
+        if from + piece.iov_len > buffer.len() {
+            return Err(IoError::Io(libc::EIO));
+        }
+        // SAFETY: the range was just checked to lie in the bounce buffer; the caller of `Lane::read` keeps the
+        // guest's buffers writable until the request is reported, which is after this.
+        unsafe { std::ptr::copy(buffer.as_mut_ptr().add(from), piece.iov_base.cast::<u8>(), piece.iov_len) };
+        from += piece.iov_len;
+    }
+    Ok(())
+}

@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! NV-RAM: a mapped file or device whose bytes are reached by load and store.
+//!
+//! Three ways for a store to become durable ([`Persistence`]): by writing back cache lines on a DAX mapping
+//! made with `MAP_SYNC` (the kernel then keeps the file's metadata durable, so user space need only care for
+//! the data), by doing nothing where the memory itself outlives the power, or by `fdatasync`.
+//!
+//! With `MAP_SYNC` every write is written back *and fenced* by the thread that made it: a store fence orders
+//! only its own core's write-backs, so the flush of another worker could not do it later.
+//!
+//! Not done: a file that someone truncates while it is mapped raises SIGBUS and ends the process. The size
+//! is checked at open, and the exclusive lock keeps other pools away.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::file::MediumFile;
+use super::{RingTarget, Store, out_of_bounds, within};
+use crate::error::{Error, Result};
+use crate::types::{MediumKind, Persistence};
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct NvramStore {
+    medium: MediumFile,
+    mapping: Mapping,
+    persistence: Persistence,
+    bytes_written: AtomicU64,
+}
+
+/// A shared mapping of a whole medium, unmapped when dropped.
+#[derive(Debug)]
+struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping is plain memory that is only accessed through raw pointers within its bounds; it is
+// unmapped by Drop, when no reference to the store is left.
+unsafe impl Send for Mapping {}
+// SAFETY: as above; concurrent access to the same bytes is what a disk allows, and never through references.
+unsafe impl Sync for Mapping {}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: start and len are those of the successful mmap; nothing uses it any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+fn map(medium: &MediumFile, flags: libc::c_int) -> io::Result<Mapping> {
+    let len = usize::try_from(medium.size).map_err(|_| out_of_bounds())?;
+    let protection = if medium.read_only { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs no other memory.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, medium.fd(), 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let start = NonNull::new(start.cast()).ok_or_else(out_of_bounds)?;
+    Ok(Mapping { start, len })
+}
+
+impl NvramStore {
+    pub(super) fn new(medium: MediumFile, wanted: Persistence) -> Result<Self> {
+        if medium.size == 0 {
+            return Err(Error::medium(&medium.path, "is empty"));
+        }
+        let io_error = |source| Error::io(format!("cannot map {}", medium.path.display()), source);
+        let sync_mapping = || {
+            if write_back::is_supported() {
+                map(&medium, libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC)
+            } else {
+                Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+            }
+        };
+        let plain_mapping = || map(&medium, libc::MAP_SHARED).map_err(io_error);
+        let (mapping, persistence) = match wanted {
+            Persistence::MapSync => {
+                let mapping = sync_mapping().map_err(|source| {
+                    Error::medium(
+                        &medium.path,
+                        format!("cannot be mapped with MAP_SYNC ({source}); is it on DAX?"),
+                    )
+                })?;
+                (mapping, Persistence::MapSync)
+            }
+            Persistence::Battery => (plain_mapping()?, Persistence::Battery),
+            Persistence::Msync => (plain_mapping()?, Persistence::Msync),
+            Persistence::Auto if medium.is_memory() => (plain_mapping()?, Persistence::Battery),
+            Persistence::Auto => match sync_mapping() {
+                Ok(mapping) => (mapping, Persistence::MapSync),
+                Err(_) => (plain_mapping()?, Persistence::Msync),
+            },
+        };
+        Ok(Self { medium, mapping, persistence, bytes_written: AtomicU64::new(0) })
+    }
+
+    fn at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {
+        if !within(offset, len as u64, self.mapping.len as u64) {
+            return Err(out_of_bounds());
+        }
+        let offset = usize::try_from(offset).map_err(|_| out_of_bounds())?;
+        // SAFETY: offset + len was just checked to lie within the mapping.
+        Ok(unsafe { self.mapping.start.as_ptr().add(offset) })
+    }
+
+    fn writable_at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {
+        if self.medium.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EROFS));
+        }
+        self.at(offset, len)
+    }
+
+    /// After a store of `len` bytes at `at`.
+    fn stored(&self, at: *const u8, len: usize) {
+        if self.persistence == Persistence::MapSync {
+            write_back::persist(at, len);
+        }
+        self.bytes_written.fetch_add(len as u64, Ordering::Relaxed);
+    }
+}
+
+impl Store for NvramStore {
+    fn kind(&self) -> MediumKind {
+        MediumKind::Nvram
+    }
+
+    fn path(&self) -> &Path {
+        &self.medium.path
+    }
+
+    fn size(&self) -> u64 {
+        self.medium.size
+    }
+
+    fn is_fresh(&self) -> bool {
+        self.medium.is_fresh
+    }
+
+    fn persistence(&self) -> Option<Persistence> {
+        Some(self.persistence)
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        // SAFETY: buf is exclusively ours and buf.len() bytes long.
+        unsafe { self.copy_out(offset, buf.as_mut_ptr(), buf.len()) }
+    }
+
+    fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        // SAFETY: buf is buf.len() readable bytes.
+        unsafe { self.copy_in(offset, buf.as_ptr(), buf.len()) }
+    }
+
+    fn write_align(&self) -> u32 {
+        64
+    }
+
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        let len = usize::try_from(len).map_err(|_| out_of_bounds())?;
+        let to = self.writable_at(offset, len)?;
+        // SAFETY: `at` checked the bounds; medium bytes are never behind references.
+        unsafe { to.write_bytes(0, len) };
+        self.stored(to, len);
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        if self.persistence == Persistence::Msync { self.medium.file.sync_data() } else { Ok(()) }
+    }
+
+    fn sync_is_instant(&self) -> bool {
+        self.persistence != Persistence::Msync
+    }
+
+    fn ring(&self) -> Option<RingTarget<'_>> {
+        (self.persistence == Persistence::Msync).then(|| RingTarget {
+            fd: self.medium.file.as_fd(),
+            data: false,
+            memory_align: 1,
+            offset_align: 1,
+        })
+    }
+
+    unsafe fn copy_out(&self, offset: u64, to: *mut u8, len: usize) -> io::Result<()> {
+        let from = self.at(offset, len)?;
+        // SAFETY: the caller answers for `to`, `at` for `from`. `copy`, because a VM's memory may be
+        // mapped from the same NV-RAM.
+        unsafe { std::ptr::copy(from, to, len) };
+        Ok(())
+    }
+
+    unsafe fn copy_in(&self, offset: u64, from: *const u8, len: usize) -> io::Result<()> {
+        let to = self.writable_at(offset, len)?;
+        // SAFETY: as in copy_out.
+        unsafe { std::ptr::copy(from, to, len) };
+        self.stored(to, len);
+        Ok(())
+    }
+
+    fn bytes_written(&self) -> u64 {
+        self.bytes_written.load(Ordering::Relaxed)
+    }
+}
+
+/// Writing back cache lines.
+#[cfg(target_arch = "x86_64")]
+mod write_back {
+    use std::arch::{asm, x86_64};
+    use std::sync::OnceLock;
+
+    const LINE: usize = 64;
+
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    enum Instruction {
+        None,
+        /// Evicts the line besides writing it back.
+        ClFlushOpt,
+        ClWb,
+    }
+
+    fn instruction() -> Instruction {
+        static FOUND: OnceLock<Instruction> = OnceLock::new();
+        *FOUND.get_or_init(|| {
+            // Leaf 7, EBX: bit 24 is CLWB, bit 23 CLFLUSHOPT (Intel SDM volume 2, CPUID).
+            if x86_64::__cpuid(0).eax < 7 {
+                return Instruction::None;
+            }
+            let features = x86_64::__cpuid_count(7, 0).ebx;
+            if features & (1 << 24) != 0 {
+                Instruction::ClWb
+            } else if features & (1 << 23) != 0 {
+                Instruction::ClFlushOpt
+            } else {
+                Instruction::None
+            }
+        })
+    }
+
+    pub(super) fn is_supported() -> bool {
+        instruction() != Instruction::None
+    }
+
+    /// Returns once `len` bytes at `at`, stored by this thread, have reached the persistence domain.
+    pub(super) fn persist(at: *const u8, len: usize) {
+        if len == 0 {
+            return;
+        }
+        let first = at as usize & !(LINE - 1);
+        let end = at as usize + len;
+        let instruction = instruction();
+        for line in (first..end).step_by(LINE) {
+            match instruction {
+                // SAFETY: the CPU has the instruction; the line lies in the mapping the caller stored to
+                // (mappings start on page boundaries), and writing it back changes no value.
+                Instruction::ClWb => unsafe {
+                    asm!("clwb [{0}]", in(reg) line, options(nostack, preserves_flags));
+                },
+                // SAFETY: as above.
+                Instruction::ClFlushOpt => unsafe {
+                    asm!("clflushopt [{0}]", in(reg) line, options(nostack, preserves_flags));
+                },
+                Instruction::None => {}
+            }
+        }
+        // SAFETY: SFENCE is part of the x86-64 baseline.
+        unsafe { x86_64::_mm_sfence() };
+    }
+
+    #[cfg(test)]
+    mod tests {
+        #[test]
+        fn persist_leaves_the_bytes_as_they_are() {
+            let bytes: Vec<u8> = (0..=255).collect();
+            super::persist(bytes[3..].as_ptr(), 200);
+            super::persist(bytes.as_ptr(), 0);
+            assert!(bytes.into_iter().eq(0..=255));
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod write_back {
+    pub(super) fn is_supported() -> bool {
+        false
+    }
+
+    pub(super) fn persist(_at: *const u8, _len: usize) {}
+}
