@@ -20,6 +20,10 @@ pub mod jobs;
 pub mod negotiation;
 pub mod server;
 mod session;
+#[cfg(test)]
+pub(crate) mod testkit;
+#[cfg(test)]
+mod tests;
 mod verbs;
 
 pub use server::{Server, ServerError, ServerOptions};

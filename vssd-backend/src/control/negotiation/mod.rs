@@ -44,6 +44,8 @@ use vssd_protocol::units::{BlockRange, BlockSize};
 mod deadline;
 mod job;
 mod plan;
+#[cfg(test)]
+mod random;
 mod session;
 #[cfg(test)]
 mod tests;

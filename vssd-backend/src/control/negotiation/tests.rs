@@ -10,7 +10,7 @@ use vssd_protocol::guest::{DeclineReason, Request, RequestResult, ResponseBody, 
 use super::*;
 
 const BLOCK: u64 = 64 << 10;
-const OPERATOR: Actor = Actor { uid: 0, pid: 42 };
+pub(super) const OPERATOR: Actor = Actor { uid: 0, pid: 42 };
 
 /// The negotiation of a vSSD of 1000 blocks (1..=1000, minimum 10) with a pool beside it.
 pub(super) struct Rig {
@@ -27,6 +27,8 @@ pub(super) struct Rig {
     pub(super) pool_fails: bool,
     pub(super) can_plug: u32,
     pub(super) grants: u32,
+    /// What a restarted daemon would find.
+    pub(super) durable_requested: u32,
     next_reply: u64,
     next_job: u64,
 }
@@ -61,6 +63,7 @@ impl Rig {
             pool_fails: false,
             can_plug: 1000,
             grants: 1000,
+            durable_requested: plugged,
             next_reply: 0,
             next_job: 0,
         }
@@ -91,12 +94,13 @@ impl Rig {
                 }
                 Effect::Emit(news) => self.events.push(news),
                 Effect::SetCapacity { blocks } => self.capacity = blocks,
-                Effect::StoreRequested { .. } => {}
+                Effect::StoreRequested { blocks } => self.durable_requested = blocks,
                 Effect::TryGrant { requested } => grants.push(requested.min(self.grants)),
                 pool => self.queue.push_back(pool),
             }
         }
         for requested in grants {
+            self.durable_requested = self.durable_requested.max(requested);
             self.apply(Event::Granted { requested });
         }
     }
@@ -195,6 +199,33 @@ impl Rig {
         }
     }
 
+    /// The daemon starts again: what is durable stays, everything else is gone.
+    pub(super) fn crash(&mut self) {
+        self.queue.clear();
+        self.jobs.retain(|_, job| job.state.is_final());
+        let setup = Setup {
+            name: "vm1".into(),
+            block_size: BlockSize::DEFAULT,
+            total: self.n.total(),
+            min: self.n.min(),
+            requested: self.durable_requested,
+            counts: self.counts(),
+            policy: self.n.policy(),
+        };
+        self.n = Negotiation::new(setup);
+        self.capacity = self.n.capacity();
+        if let Some(plan) = self.n.plan_resumed() {
+            self.next_job += 1;
+            let job = self.next_job;
+            self.apply(Event::Resize(Resize { job, plan, actor: OPERATOR, note: "resumed after restart" }));
+        }
+    }
+
+    /// Whether a tick is due that only did not come because no time has passed.
+    pub(super) fn is_tick_due(&self) -> bool {
+        self.n.wake_at().is_some_and(|at| at == self.now)
+    }
+
     pub(super) fn tail(&self) -> Tail {
         Tail {
             free: u32::try_from(self.blocks.values().rev().take_while(|data| !**data).count()).unwrap(),
@@ -266,6 +297,7 @@ impl Rig {
     pub(super) fn resize(&mut self, wish: Wish) -> Result<u64, Refusal> {
         let plan = self.n.plan(&wish, self.tail())?;
         self.next_job += 1;
+        self.durable_requested = plan.to;
         self.apply(Event::Resize(Resize { job: self.next_job, plan, actor: OPERATOR, note: "" }));
         Ok(self.next_job)
     }
@@ -856,18 +888,8 @@ fn disconnect_in_mid_grow_lets_the_host_finish() {
 #[test]
 fn pending_target_of_a_restarted_daemon_becomes_a_job() {
     let mut rig = Rig::new(100);
-    let setup = Setup {
-        name: "vm1".into(),
-        block_size: BlockSize::DEFAULT,
-        total: 1000,
-        min: 10,
-        requested: 60,
-        counts: rig.counts(),
-        policy: Policy::default(),
-    };
-    rig.n = Negotiation::new(setup);
-    let plan = rig.n.plan_resumed().unwrap();
-    rig.apply(Event::Resize(Resize { job: 1, plan, actor: OPERATOR, note: "resumed after restart" }));
+    rig.durable_requested = 60;
+    rig.crash();
     rig.run_pool();
     assert_eq!((rig.state(1), rig.jobs[&1].message.as_str()), (JobState::Created, "resumed after restart"));
     let epoch = rig.boot();
