@@ -13,5 +13,7 @@
 
 pub mod config;
 pub mod control;
+pub mod daemon;
 pub mod device;
+pub mod pool_command;
 pub mod vhost_user;

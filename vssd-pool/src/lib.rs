@@ -51,6 +51,7 @@ pub use check::{CheckOptions, CheckReport, Finding, Severity};
 pub use error::{Error, Result};
 pub use lane::Lane;
 pub use pool::{Pool, ResizeDone};
+pub use superblock::medium_bytes;
 pub use types::{
     Cache, Class, CreateOptions, IoError, MediumInfo, MediumKind, MediumPath, MediumSpec, OpenOptions,
     Persistence, PoolInfo, RangeStatus, Submitted, Uuid, VssdAttrs, VssdId, VssdSpec, VssdStats,

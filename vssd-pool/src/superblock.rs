@@ -166,6 +166,25 @@ pub(crate) fn plan(
     Ok((layout, data_offsets))
 }
 
+/// How large one medium must be for a pool that holds `data_bytes` for vSSDs, with its own metadata on the same
+/// medium and nothing overcommitted.
+pub fn medium_bytes(data_bytes: u64, block_size: BlockSize) -> Result<u64> {
+    let wanted = block_size
+        .blocks_for(data_bytes)
+        .filter(|blocks| *blocks < MAX_PHYSICAL_BLOCKS)
+        .ok_or_else(|| Error::invalid(format!("{data_bytes} bytes are too many blocks of {block_size}")))?;
+    let mut size = HEADER + block_size.bytes_of(wanted.max(1));
+    // The metadata grows with the medium, by far less than the blocks that it is for: a few rounds suffice.
+    loop {
+        // A medium too small for the metadata alone counts as no blocks at all.
+        let blocks = plan("", [None, Some(size)], block_size, 100).map_or(0, |(layout, _)| layout.total_blocks());
+        if blocks >= wanted {
+            return Ok(size);
+        }
+        size += block_size.bytes_of(wanted - blocks);
+    }
+}
+
 impl Superblock {
     pub(crate) fn encode(&self) -> [u8; SIZE] {
         let layout = &self.layout;

@@ -302,10 +302,12 @@ mod tests {
         session.subscribe(vec!["shrink.".into()], 0, 0);
         let mut log = EventLog::default();
         for _ in 0..MAX_EVENTS + 5 {
-            log.push(0, "shrink.done", None, None, json!(null));
-            log.push(0, "grow.done", None, None, json!(null));
+            for name in ["shrink.done", "grow.done"] {
+                let told = log.newest();
+                log.push(0, name, None, None, json!(null));
+                log.after(told).for_each(|entry| session.offer(entry));
+            }
         }
-        log.after(0).for_each(|entry| session.offer(entry));
         drop(session.flush(0));
         let mut text = vec![0; 400];
         peer.read_exact(&mut text).unwrap();

@@ -424,7 +424,7 @@ mod tests {
         let mem = Arc::new(memory(&[(0, 0x8000)]));
         let mut ring = Ring::new(spec(false), Arc::clone(&mem), region.queue(0, SIZE)).unwrap();
         offer(&ring, &[3, 1, 0]);
-        (0..3).for_each(|_| drop(ring.pop()));
+        let _taken: Vec<u16> = (0..3).map(|_| ring.pop()).collect();
         ring.push_used(1, 1);
         ring.publish();
         ring.push_used(0, 1);
