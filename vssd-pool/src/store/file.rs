@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 use crate::types::MediumKind;
@@ -150,10 +151,29 @@ fn file_system_magic(file: &File) -> io::Result<u64> {
     Ok(magic as u64 & 0xffff_ffff)
 }
 
+/// How long a lock may outlive its holder: the kernel tears io_urings down after their process is gone, and
+/// they keep their files open until then.
+const AFTERLIFE: Duration = Duration::from_secs(2);
+
 /// Locks a medium against every other open file description, in this process too; it holds as long as the
-/// file is open and ends with the process, however that ends.
+/// description is open and ends with the process, however that ends.
 fn lock(file: &File, path: &Path, read_only: bool) -> Result<()> {
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+    let started = Instant::now();
+    loop {
+        let Err(source) = set_lock(file, kind) else { return Ok(()) };
+        if !matches!(source.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) {
+            return Err(Error::io(format!("cannot lock {}", path.display()), source));
+        }
+        let holder = holder_of(file);
+        if holder.is_some() || started.elapsed() > AFTERLIFE {
+            return Err(Error::Locked { path: path.to_owned(), holder });
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn set_lock(file: &File, kind: libc::c_int) -> io::Result<()> {
     // SAFETY: flock is plain data; all-zero is a valid value (the whole file, l_pid 0 as OFD locks demand).
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     // The constants are small; the field is an i16.
@@ -163,35 +183,36 @@ fn lock(file: &File, path: &Path, read_only: bool) -> Result<()> {
         lock.l_whence = libc::SEEK_SET as libc::c_short;
     }
     // SAFETY: F_OFD_SETLK reads the structure the pointer names, which lives on this frame.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
-        return Ok(());
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } != 0 {
+        return Err(io::Error::last_os_error());
     }
-    let source = io::Error::last_os_error();
-    match source.raw_os_error() {
-        Some(libc::EAGAIN | libc::EACCES) => {
-            Err(Error::Locked { path: path.to_owned(), holder: holder_of(file) })
+    Ok(())
+}
+
+impl Drop for MediumFile {
+    /// Closing would do, were it not for the io_urings that keep the file open a little longer.
+    fn drop(&mut self) {
+        if let Err(error) = set_lock(&self.file, libc::F_UNLCK) {
+            tracing::debug!(medium = %self.path.display(), %error, "cannot unlock");
         }
-        _ => Err(Error::io(format!("cannot lock {}", path.display()), source)),
     }
 }
 
-/// Some process that has the same file open. The kernel does not say who holds an OFD lock.
+/// Some process, perhaps this one, that has the same file open besides us. The kernel does not say who holds
+/// an OFD lock.
 fn holder_of(file: &File) -> Option<u32> {
     let wanted = file.metadata().ok()?;
     for process in std::fs::read_dir("/proc").ok()?.flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
-        if pid == std::process::id() {
-            continue;
-        }
         let Ok(fds) = std::fs::read_dir(process.path().join("fd")) else { continue };
-        for fd in fds.flatten() {
-            if std::fs::metadata(fd.path())
+        let same = fds.flatten().filter(|fd| {
+            std::fs::metadata(fd.path())
                 .is_ok_and(|open| open.ino() == wanted.ino() && open.dev() == wanted.dev())
-            {
-                return Some(pid);
-            }
+        });
+        if same.count() > usize::from(pid == std::process::id()) {
+            return Some(pid);
         }
     }
     None
