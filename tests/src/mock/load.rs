@@ -9,7 +9,6 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 use rand::Rng;
 use rand::rngs::StdRng;
-use rand::seq::SliceRandom;
 
 use super::PATIENCE;
 use super::queue::{
@@ -37,6 +36,8 @@ pub struct Profile {
     pub depth: usize,
     /// DISCARD and WRITE_ZEROES too.
     pub zeroing: bool,
+    /// Half of the chains lie in indirect tables.
+    pub tables: bool,
 }
 
 #[derive(Debug)]
@@ -168,6 +169,13 @@ impl Load {
         if self.collides(kind, &sectors) {
             return Ok(());
         }
+        // Header, status and the pieces, if they lie in the ring itself.
+        let fits = self.queues[queue].ring.free() >= PIECES + 2;
+        if !fits && (!self.profile.tables || self.queues[queue].ring.free() == 0) {
+            return Ok(());
+        }
+        let table = self.profile.tables && (!fits || self.rng.random());
+        self.queues[queue].layout = if table { Layout::Table } else { Layout::Direct };
         let Some(memory) = self.memory.pop() else { return Ok(()) };
         let len = usize::try_from((sectors.end - sectors.start) * SECTOR)?;
         let mut version = 0;
@@ -195,13 +203,8 @@ impl Load {
                 (sectors.start, self.pieces(at, len, kind == T_IN)?)
             }
         };
-        self.queues[queue].layout = if self.rng.random() { Layout::Direct } else { Layout::Table };
-        if self.queues[queue].ring.free() < data.len() + 2 {
-            self.queues[queue].layout = Layout::Table;
-        }
         let head = self.queues[queue].prepare(kind, sector, &data)?;
         self.order += 1;
-        // The memory's first byte says whose it is when it comes back.
         let flight = Flight { kind, sectors, memory: at, version, order: self.order };
         self.flights.insert((queue, head), flight);
         Ok(())
@@ -331,6 +334,7 @@ impl Load {
     /// Reads every sector of the range and judges it.
     pub fn verify(&mut self) -> Result<()> {
         self.drain()?;
+        self.queues[0].layout = Layout::Direct;
         let step = 1 << 20;
         let mut at = self.profile.bytes.start;
         while at < self.profile.bytes.end {
@@ -340,15 +344,6 @@ impl Load {
             self.compare(at / SECTOR, &found)?;
             at += len as u64;
         }
-        Ok(())
-    }
-
-    /// Forgets what was in flight and the order of choices, for queues of a new driver. What was in flight and wrote may or
-    /// may not have happened, so it must have been drained.
-    pub fn adopt(&mut self, queues: Vec<Queue>) -> Result<()> {
-        ensure!(self.flights.is_empty(), "requests are in flight");
-        self.queues = queues;
-        self.memory.shuffle(&mut self.rng);
         Ok(())
     }
 }

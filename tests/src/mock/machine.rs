@@ -201,6 +201,8 @@ impl Machine {
         let mut description = words(&[0, 0]);
         description.extend(self.options.queues.to_ne_bytes());
         description.extend(self.options.queue_size.to_ne_bytes());
+        // Padded as a C compiler pads it, which is what QEMU sends.
+        description.extend([0; 4]);
         let mut answer = link.get(request::GET_INFLIGHT_FD, &description, &[])?;
         let fd = answer.fds.pop().context("no descriptor of the inflight region")?;
         Ok(Inflight { fd, description: answer.payload })

@@ -22,6 +22,7 @@ pub mod operator;
 pub mod queue;
 pub mod ram;
 pub mod ring;
+pub mod site;
 
 use std::env;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
