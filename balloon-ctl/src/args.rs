@@ -33,7 +33,7 @@ Times are seconds or a number with ms, s, m, h: 90, 500ms, 5m.";
 /// Manage the vSSDs of a pool: disks that grow and shrink while their guests run.
 #[derive(Debug, Parser)]
 #[command(name = "balloon-ctl", version, after_help = EXIT_CODES, propagate_version = true)]
-#[command(disable_help_subcommand = true, arg_required_else_help = true)]
+#[command(disable_help_subcommand = true, arg_required_else_help = true, args_override_self = true)]
 pub(crate) struct Cli {
     #[command(flatten)]
     pub(crate) global: GlobalArgs,
@@ -444,6 +444,23 @@ mod tests {
         };
         assert!(options(&["grow", "vm1", "1G", "--wait", "--no-wait"]).no_wait);
         assert!(!options(&["grow", "vm1", "1G", "--no-wait", "--wait"]).no_wait);
+    }
+
+    #[test]
+    fn the_last_socket_counts_so_that_an_alias_can_name_another() {
+        for args in [
+            &["-s", "a", "-s", "b", "list"][..],
+            &["-s", "a", "list", "-s", "b"],
+            &["list", "-s", "a", "-s", "b"],
+        ] {
+            assert_eq!(parse(args).unwrap().global.socket.as_deref(), Some("b".as_ref()), "{args:?}");
+        }
+        let Command::Events { types, .. } =
+            parse(&["events", "--type", "a", "--type", "b,c"]).unwrap().command
+        else {
+            panic!()
+        };
+        assert_eq!(types, ["a", "b", "c"]);
     }
 
     #[test]

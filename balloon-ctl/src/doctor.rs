@@ -61,36 +61,51 @@ impl Check {
 
 pub(crate) fn run(session: &Session) -> Result<()> {
     let mut checks = Vec::new();
-    let daemon_pid = check_daemon(session, &mut checks);
+    let daemon = check_daemon(session, &mut checks);
     checks.push(judge_kvm(File::options().read(true).write(true).open("/dev/kvm").map(drop)));
-    checks.push(judge_io_uring(fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok().as_deref()));
-    checks.push(check_memlock(daemon_pid));
+    // Only SSD media need these two; a pool that nobody can ask about may have one.
+    if daemon.has_ssd {
+        checks.push(judge_io_uring(fs::read_to_string("/proc/sys/kernel/io_uring_disabled").ok().as_deref()));
+        checks.push(check_memlock(daemon.pid));
+    }
     report(session, &checks)
 }
 
-/// All that the daemon can tell; its process, where it answers.
-fn check_daemon(session: &Session, checks: &mut Vec<Check>) -> Option<u32> {
+/// What the checks of the host have to know of the daemon.
+#[derive(Debug)]
+struct Daemon {
+    pid: Option<u32>,
+    has_ssd: bool,
+}
+
+/// All that the daemon can tell, if it answers.
+fn check_daemon(session: &Session, checks: &mut Vec<Check>) -> Daemon {
+    let unknown = Daemon { pid: None, has_ssd: true };
     let mut client = match session.connect() {
         Ok(client) => client,
         Err(err) => {
             checks.push(judge_unreachable(&err));
-            return None;
+            return unknown;
         }
     };
     let info = match hello(&mut client) {
         Ok(answer) => answer.typed,
         Err(err) => {
             checks.push(judge_unreachable(&err));
-            return None;
+            return unknown;
         }
     };
+    let mut daemon = Daemon { pid: Some(info.pid), ..unknown };
     checks.push(judge_socket(&session.socket, &info, fs::metadata(&session.socket).ok().as_ref()));
-    match client.call(method::POOL_STATUS, &json!({})) {
-        Ok(Answer { typed: pool, .. }) => checks.push(judge_pool(&pool)),
+    match client.call::<PoolStatus>(method::POOL_STATUS, &json!({})) {
+        Ok(Answer { typed: pool, .. }) => {
+            daemon.has_ssd = pool.media.iter().any(|medium| medium.kind == "ssd");
+            checks.push(judge_pool(&pool));
+        }
         Err(err) => checks.push(Check::fail("pool", err.to_string(), err.hint().unwrap_or_default())),
     }
     check_devices(&mut client, checks);
-    Some(info.pid)
+    daemon
 }
 
 fn check_devices(client: &mut Client, checks: &mut Vec<Check>) {

@@ -79,6 +79,7 @@ fn details(out: &Output, data: &Value) -> String {
         Value::Object(members) => {
             let texts: Vec<String> = members
                 .iter()
+                .filter(|(_, value)| !value.is_null() && value.as_str() != Some(""))
                 .map(|(key, value)| match (key.strip_suffix("_bytes"), value.as_u64(), value) {
                     (Some(key), Some(bytes), _) if !out.exact => format!("{key}={}", out.size(bytes)),
                     (_, _, Value::String(text)) => format!("{key}={text}"),
@@ -98,7 +99,9 @@ mod tests {
 
     #[test]
     fn details_show_sizes_as_sizes_unless_exact() {
-        let data = json!({"freeable_bytes": 7516192768u64, "reason": "guest-busy", "uid": 0});
+        let data = json!({
+            "deadline_ms": null, "freeable_bytes": 7516192768u64, "message": "", "reason": "guest-busy", "uid": 0
+        });
         let human = Output::new(false, false, true, false);
         assert_eq!(details(&human, &data), "freeable=7 GiB, reason=guest-busy, uid=0");
         let exact = Output::new(false, true, true, false);

@@ -114,6 +114,17 @@ fn doctor_warns_of_a_socket_for_everybody_and_of_a_low_pool() {
 }
 
 #[test]
+fn doctor_looks_for_what_ssds_need_only_where_there_is_one() {
+    let asks_for_io = |pool: Value| {
+        let outcome = doctor(steps(pool, vec![]), 0o660, &[]);
+        ["io_uring: ", "memlock: "].map(|check| outcome.stdout.contains(check))
+    };
+    assert_eq!(asks_for_io(pool()), [true, true]);
+    let nvram_only = json!([pool()["media"][0]]);
+    assert_eq!(asks_for_io(with(pool(), "media", nvram_only)), [false, false]);
+}
+
+#[test]
 fn doctor_goes_on_when_a_question_is_refused() {
     let steps = vec![
         ok("server.hello", hello_params(), with(hello(), "schema", json!("vssd.v2"))),
