@@ -10,12 +10,13 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
 use rustix::fd::{AsFd, OwnedFd};
 use tracing::{debug, info, warn};
 use vssd_pool::Pool;
-use vssd_protocol::control::{ErrorCode, MAX_LINE};
+use vssd_protocol::control::ErrorCode;
 
 use super::negotiation::Actor;
 use super::session::{Input, MAX_WAITS, Session, Waiting};
@@ -23,10 +24,12 @@ use super::verbs::{self, Door, Outcome};
 use crate::device::owner::{Owner, OwnerError};
 use crate::device::{DeviceEvent, Frontends};
 
-/// Clients at a time, over both sockets.
+/// Clients at a time on each socket: whoever may only watch cannot keep operators out.
 pub const MAX_SESSIONS: usize = 256;
 /// Requests that one client is served before it is the next one's turn.
-const TURN: usize = 32;
+const TURN: usize = 8;
+/// How long clients are served before guests, the pool and time have theirs.
+const BUDGET: Duration = Duration::from_millis(10);
 /// How long nobody is accepted when descriptors have run out.
 const ACCEPT_PAUSE_MS: u64 = 1_000;
 
@@ -82,8 +85,10 @@ pub struct Server {
     monitor: Option<UnixListener>,
     sessions: HashMap<u64, Session>,
     next_token: u64,
-    /// Sessions with requests at hand whose turn was over.
+    /// Sessions that may have requests at hand.
     unfinished: BTreeSet<u64>,
+    /// Whose turn it was last.
+    last_served: u64,
     /// Sessions that have got something to write.
     to_flush: BTreeSet<u64>,
     /// Number of the newest event that sessions have been offered.
@@ -109,6 +114,7 @@ impl Server {
             sessions: HashMap::new(),
             next_token: FIRST_SESSION,
             unfinished: BTreeSet::new(),
+            last_served: 0,
             to_flush: BTreeSet::new(),
             told: 0,
             accept_again_ms: None,
@@ -162,9 +168,7 @@ impl Server {
             self.listen(true);
         }
         self.owner.run();
-        for token in std::mem::take(&mut self.unfinished) {
-            self.serve(token);
-        }
+        self.serve_clients();
         self.owner.run();
         self.offer_events();
         self.answer_waits();
@@ -226,7 +230,7 @@ impl Server {
         };
         let token = self.next_token;
         let mut session = Session::new(stream, door, actor);
-        if self.sessions.len() >= MAX_SESSIONS {
+        if self.sessions.values().filter(|other| other.door == door).count() >= MAX_SESSIONS {
             let message = format!("{MAX_SESSIONS} clients are connected, which is the limit");
             session.send(&verbs::complaint(ErrorCode::TooLarge, &message));
             let _ = session.flush(0);
@@ -256,7 +260,23 @@ impl Server {
             self.drop_session(token);
             return;
         }
-        self.serve(token);
+        self.unfinished.insert(token);
+    }
+
+    /// Gives clients their turns, operators first, as long as the budget lasts.
+    fn serve_clients(&mut self) {
+        let start = Instant::now();
+        let after = self.unfinished.range(self.last_served.saturating_add(1)..);
+        let mut queue: Vec<u64> = after.chain(self.unfinished.range(..=self.last_served)).copied().collect();
+        queue.sort_by_key(|token| self.sessions.get(token).is_some_and(|s| s.door == Door::Monitor));
+        for token in queue {
+            self.unfinished.remove(&token);
+            self.last_served = token;
+            self.serve(token);
+            if start.elapsed() >= BUDGET {
+                break;
+            }
+        }
     }
 
     /// Gives a client its turn.
@@ -268,7 +288,7 @@ impl Server {
                 Input::Line(line) => line,
                 Input::None => return,
                 Input::TooLong => {
-                    let message = format!("a line has at most {MAX_LINE} bytes");
+                    let message = format!("a line has at most {} bytes", session.door.max_line());
                     session.send(&verbs::complaint(ErrorCode::TooLarge, &message));
                     let _ = session.flush(0);
                     self.drop_session(token);
@@ -290,7 +310,9 @@ impl Server {
                     let (lost, lost_seq) = log.lost_after(since);
                     if let Some(session) = self.sessions.get_mut(&token) {
                         session.subscribe(filter, lost, lost_seq);
-                        log.after(since).for_each(|entry| session.offer(entry));
+                        for entry in log.after(since) {
+                            session.offer(entry);
+                        }
                     }
                 }
             }
@@ -306,8 +328,9 @@ impl Server {
         }
         for entry in log.after(self.told) {
             for (token, session) in &mut self.sessions {
-                session.offer(entry);
-                self.to_flush.insert(*token);
+                if session.offer(entry) {
+                    self.to_flush.insert(*token);
+                }
             }
         }
         self.told = log.newest();

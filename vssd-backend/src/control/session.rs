@@ -3,7 +3,7 @@
 //! One client's connection: lines in, lines out, never more than a bounded amount kept of either.
 //!
 //! ```text
-//!   socket ─► input (≤ MAX_LINE) ─► next_line()
+//!   socket ─► input (bounded) ─► next_line()
 //!   send(answer) ─► output ─┐
 //!   offer(event) ─► events (bounded; the oldest is lost first) ─┴─► socket, as fast as the client reads
 //! ```
@@ -17,7 +17,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use serde_json::Value;
-use vssd_protocol::control::MAX_LINE;
 
 use super::events::{self, Entry};
 use super::negotiation::Actor;
@@ -105,9 +104,9 @@ impl Session {
         Ok(())
     }
 
-    /// Whether more input may be read now.
+    /// Whether more input may be read now: not before what is here was looked at.
     pub(super) fn wants_input(&self) -> bool {
-        !self.ended && self.has_room() && self.input.len() <= MAX_LINE
+        !self.ended && self.has_room() && self.scanned == self.input.len()
     }
 
     /// Whether something waits to be written.
@@ -143,14 +142,14 @@ impl Session {
             Some(at) => {
                 let end = self.scanned + at;
                 self.scanned = 0;
-                if end + 1 > MAX_LINE {
+                if end + 1 > self.door.max_line() {
                     return Input::TooLong;
                 }
                 let mut line: Vec<u8> = self.input.drain(..=end).collect();
                 line.pop();
                 Input::Line(line)
             }
-            None if self.input.len() >= MAX_LINE => Input::TooLong,
+            None if self.input.len() >= self.door.max_line() => Input::TooLong,
             None => {
                 self.scanned = self.input.len();
                 Input::None
@@ -169,13 +168,13 @@ impl Session {
         self.subscription = Some(Subscription { filter, queue: VecDeque::new(), lost, lost_seq });
     }
 
-    /// Queues an event if it was subscribed to; the oldest waiting one makes room.
-    pub(super) fn offer(&mut self, entry: &Arc<Entry>) {
-        let Some(subscription) = &mut self.subscription else { return };
+    /// Queues an event if it was subscribed to; the oldest waiting one makes room. Returns whether it was.
+    pub(super) fn offer(&mut self, entry: &Arc<Entry>) -> bool {
+        let Some(subscription) = &mut self.subscription else { return false };
         let wanted = subscription.filter.is_empty()
             || subscription.filter.iter().any(|prefix| entry.name.starts_with(prefix.as_str()));
         if !wanted {
-            return;
+            return false;
         }
         if subscription.queue.len() == MAX_EVENTS
             && let Some(oldest) = subscription.queue.pop_front()
@@ -184,6 +183,7 @@ impl Session {
             subscription.lost_seq = oldest.seq;
         }
         subscription.queue.push_back(Arc::clone(entry));
+        true
     }
 
     /// Writes as much as the client takes. Errors end the connection.
@@ -237,6 +237,7 @@ fn is_retry(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use vssd_protocol::control::MAX_LINE;
 
     use super::super::events::EventLog;
     use super::*;
@@ -305,7 +306,7 @@ mod tests {
             for name in ["shrink.done", "grow.done"] {
                 let told = log.newest();
                 log.push(0, name, None, None, json!(null));
-                log.after(told).for_each(|entry| session.offer(entry));
+                log.after(told).for_each(|entry| assert_eq!(session.offer(entry), name == "shrink.done"));
             }
         }
         drop(session.flush(0));

@@ -283,6 +283,7 @@ fn delete_is_refused_while_connected_unless_forced_and_parked_requests_are_answe
     client.fails_with(ErrorCode::InUse, "device.delete", json!({ "name": "vm1", "dry_run": true }));
     client.ok("device.delete", json!({ "name": "vm1", "force": true }));
     assert_eq!(guest.answer(wait).unwrap().result, RequestResult::Stale);
+    assert_eq!(client.ok("job.list", json!({}))["jobs"], json!([]));
     let late = guest.send(Request::State { epoch, flags: 0, start: 0 });
     assert!(guest.answer(late).is_none(), "nobody is left to answer but IOERR");
 }
@@ -681,7 +682,8 @@ fn one_client_too_many_is_told_so() {
     let mut clients: Vec<Client> = (0..MAX_SESSIONS).map(|_| daemon.client()).collect();
     // The last one is served, so all are known.
     clients.last_mut().unwrap().ok("device.list", json!({}));
-    let mut extra = daemon.watcher();
+    daemon.watcher().ok("device.list", json!({}));
+    let mut extra = daemon.client();
     assert_eq!(extra.read().unwrap()["error"]["data"]["code"], "E_TOO_LARGE");
     assert!(extra.read().is_none(), "and the connection ends");
     clients.pop();

@@ -29,6 +29,15 @@ pub(super) enum Door {
 }
 
 impl Door {
+    /// Longest line, newline included. Anybody may come through the monitor socket, and many at a time: what is kept
+    /// of each is small, and so is everything there is to ask.
+    pub(super) fn max_line(self) -> usize {
+        match self {
+            Self::Control => MAX_LINE,
+            Self::Monitor => MAX_LINE / 16,
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Control => "control",
@@ -229,7 +238,7 @@ fn server_info(owner: &Owner, door: Door) -> ServerInfo {
         pid: std::process::id(),
         uptime_ms: owner.clock().now_ms(),
         socket: door.name().to_owned(),
-        max_line_bytes: MAX_LINE as u64,
+        max_line_bytes: door.max_line() as u64,
     }
 }
 
@@ -254,7 +263,7 @@ fn success<T: Serialize>(id: &Value, result: &T) -> String {
         return line;
     }
     let message = format!("the answer has {} bytes, a line has at most {MAX_LINE}", line.len());
-    failure(id, Fault::new(ErrorCode::TooLarge, message))
+    failure(id, Fault::new(ErrorCode::TooLarge, message).hint("ask for less, or look from inside the guest"))
 }
 
 fn failure(id: &Value, fault: Fault) -> String {

@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -222,7 +222,7 @@ impl Owner {
             block_size: vssd.block_size(),
             total,
             min: attrs.min_blocks,
-            requested: attrs.requested_blocks,
+            requested: attrs.requested_blocks.clamp(attrs.min_blocks.min(total), total),
             counts,
             policy,
         };
@@ -249,6 +249,10 @@ impl Owner {
         let now = self.clock.now_ms();
         match event {
             DeviceEvent::Guest(call) => self.guest_call(call),
+            DeviceEvent::Connected { device, .. }
+            | DeviceEvent::Disconnected { device }
+            | DeviceEvent::QueueStarted { device, .. }
+                if self.devices.get(&device).is_none_or(|device| device.closing) => {}
             DeviceEvent::Connected { device, pid } => {
                 self.emit(device, "device.connected", None, json!({ "pid": pid }));
                 self.apply(device, Event::Connected);
@@ -271,9 +275,14 @@ impl Owner {
 
     fn guest_call(&mut self, call: GuestCall) {
         let GuestCall { device: id, request, response_room, reply } = call;
-        let Some(device) = self.devices.get_mut(&id).filter(|device| !device.closing) else {
+        let Some(device) = self.devices.get_mut(&id) else {
             return; // the reply answers itself
         };
+        if device.closing {
+            let busy = Response::plain(guest::RequestResult::Busy, guest::Sizes::default());
+            reply.send(busy.encode(request.kind()));
+            return;
+        }
         self.next_reply += 1;
         let key = ReplyId(self.next_reply);
         device.owed.insert(key, Owed { reply, kind: request.kind(), room: response_room });
@@ -284,22 +293,23 @@ impl Owner {
     /// Returns whether there were any.
     fn take_completions(&mut self) -> bool {
         let mut any = false;
-        while let Ok(Completion { device: id, op, outcome, reach }) = self.completions.try_recv() {
+        while let Ok(completion) = self.completions.try_recv() {
+            self.complete(completion);
             any = true;
-            let Some(device) = self.devices.get(&id) else { continue };
-            let high = reach.max(device.negotiation.counts().end);
-            let counts = Counts { plugged: device.vssd.plugged_blocks(), end: pick::end(&device.vssd, high) };
-            self.apply(id, Event::PoolDone { op, outcome, counts });
-            if let Some(device) = self.devices.get(&id)
-                && let Some(job) = device.negotiation.job()
-            {
-                self.jobs.set_plugged(job, counts.plugged);
-            }
-        }
-        if any {
-            self.alarm.soon(self.clock.now_ms());
         }
         any
+    }
+
+    fn complete(&mut self, completion: Completion) {
+        let Completion { device: id, op, outcome, reach } = completion;
+        self.alarm.soon(self.clock.now_ms());
+        let Some(device) = self.devices.get(&id) else { return };
+        let high = reach.max(device.negotiation.counts().end);
+        let counts = Counts { plugged: device.vssd.plugged_blocks(), end: pick::end(&device.vssd, high) };
+        self.apply(id, Event::PoolDone { op, outcome, counts });
+        if let Some(job) = self.devices.get(&id).and_then(|device| device.negotiation.job()) {
+            self.jobs.set_plugged(job, counts.plugged);
+        }
     }
 
     /// Lets time act.
@@ -389,7 +399,12 @@ impl Owner {
             }
             Effect::Job(view) => {
                 let (name, size) = (vssd.name().to_owned(), vssd.block_size());
-                info!(device = name, job = view.id, state = ?view.state, message = view.message, "job");
+                // A guest can cause many of the steps in between.
+                if view.state.is_final() {
+                    info!(device = name, job = view.id, state = ?view.state, message = view.message, "job ended");
+                } else {
+                    debug!(device = name, job = view.id, state = ?view.state, message = view.message, "job");
+                }
                 self.jobs.update(&name, size, view);
             }
             Effect::Emit(News { event, job, data }) => {
@@ -484,8 +499,17 @@ impl Owner {
     /// thread to give back what is parked: so the events go on being served meanwhile.
     fn close_frontend(&mut self, id: VssdId) -> Result<(), FrontendError> {
         const SLICE: Duration = Duration::from_millis(5);
+        /// Pool operations end in far less; the guest asks again for what is not answered.
+        const PATIENCE: Duration = Duration::from_secs(2);
         if let Some(device) = self.devices.get_mut(&id) {
             device.closing = true;
+        }
+        let give_up = Instant::now() + PATIENCE;
+        while self.devices.get(&id).is_some_and(|device| !device.owed.is_empty()) && Instant::now() < give_up
+        {
+            if let Ok(completion) = self.completions.recv_timeout(SLICE) {
+                self.complete(completion);
+            }
         }
         let Some(mut frontends) = self.frontends.take() else { return Err(FrontendError::NotOpen(id.0)) };
         let result = std::thread::scope(|scope| {

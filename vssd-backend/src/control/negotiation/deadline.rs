@@ -68,9 +68,9 @@ impl Negotiation {
     /// Watches whether the guest moves towards the target.
     pub(super) fn watch_pace(&mut self, now: u64, fx: &mut Vec<Effect>) {
         let (requested, plugged) = (self.requested, self.counts.plugged);
-        let asked = self.session.as_ref().is_some_and(|s| !s.declined)
-            && requested != plugged
-            && !self.host_op_in_flight();
+        // Space that nobody ordered for it a guest may take or leave.
+        let due = plugged > requested || (plugged < requested && self.job.is_some());
+        let asked = due && self.session.as_ref().is_some_and(|s| !s.declined) && !self.host_op_in_flight();
         if !asked {
             self.pace = None;
             return;

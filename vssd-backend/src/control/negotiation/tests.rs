@@ -620,6 +620,14 @@ fn one_per_cent_every_four_seconds_is_progress() {
 }
 
 #[test]
+fn guest_that_volunteers_is_not_inactive_for_not_taking_it_back() {
+    let (mut rig, epoch) = Rig::vssd_guest(100);
+    rig.give(epoch, 0, 20);
+    rig.pass(60_000);
+    assert!(!rig.has_event("guest.inactive") && !rig.n.is_uncooperative());
+}
+
+#[test]
 fn progress_brings_an_uncooperative_guest_back() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
     rig.resize_to(60);
