@@ -177,7 +177,8 @@ pub fn medium_bytes(data_bytes: u64, block_size: BlockSize) -> Result<u64> {
     // The metadata grows with the medium, by far less than the blocks that it is for: a few rounds suffice.
     loop {
         // A medium too small for the metadata alone counts as no blocks at all.
-        let blocks = plan("", [None, Some(size)], block_size, 100).map_or(0, |(layout, _)| layout.total_blocks());
+        let blocks =
+            plan("", [None, Some(size)], block_size, 100).map_or(0, |(layout, _)| layout.total_blocks());
         if blocks >= wanted {
             return Ok(size);
         }

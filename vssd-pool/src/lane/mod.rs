@@ -932,7 +932,12 @@ impl Lane {
             let Some(parked) = self.parked.pop_front() else { break };
             let Parked { vssd, op, offset, len, iov, token, since } = &parked;
             let job = Job { vssd, op: *op, offset: *offset, len: *len, iov, token: *token };
-            match self.run(&job) {
+            // The pool may have failed meanwhile.
+            let step = match self.validate(&job) {
+                Ok(()) => self.run(&job),
+                Err(error) => Step::Done(Err(error)),
+            };
+            match step {
                 Step::Done(result) => self.ready.push((*token, result)),
                 Step::Pending => {}
                 Step::Wait(why) if why != Why::Fence && self.has_waited(since.elapsed()) => {

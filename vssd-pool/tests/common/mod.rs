@@ -49,17 +49,22 @@ pub fn spec(name: &str, max_blocks: u32, initial_blocks: u32) -> VssdSpec {
 /// A lane whose requests are waited for.
 pub struct Io {
     pub lane: Lane,
+    pool: Arc<Pool>,
 }
 
 impl Io {
     pub fn new(pool: &Arc<Pool>) -> Self {
-        Self { lane: pool.lane().expect("lane") }
+        Self { lane: pool.lane().expect("lane"), pool: Arc::clone(pool) }
     }
 
     fn finish(&mut self, submitted: Submitted) -> IoResult {
         let mut result = match submitted {
             Submitted::Done(result) => Some(result),
-            Submitted::Pending => None,
+            Submitted::Pending => {
+                // Only does something for a pool without threads.
+                self.pool.run_background();
+                None
+            }
         };
         self.lane.drain(&mut |token, done| {
             assert_eq!(token, 7);
