@@ -108,7 +108,8 @@ pub(super) fn follow(
             id: last.typed.id,
             timeout_ms: u64::try_from(patience.as_millis()).unwrap_or(1).max(1),
         };
-        let next: Answer<JobInfo> = client.call_for(method::JOB_WAIT, &params, patience)?;
+        let next: Answer<JobInfo> =
+            client.call_for(method::JOB_WAIT, &params, patience).map_err(lost_sight)?;
         let has_news =
             next.typed.state != last.typed.state || next.typed.plugged_bytes != last.typed.plugged_bytes;
         if !has_news && asked_at.elapsed() < PAUSE {
@@ -139,6 +140,18 @@ pub(super) fn verdict(session: &Session, job: JobInfo) -> Result<()> {
         out.size(now),
         Millis(job.elapsed_ms)
     ))
+}
+
+/// A daemon that starts again goes on with what was asked, under a new number.
+fn lost_sight(err: CtlError) -> CtlError {
+    match err {
+        CtlError::Unreachable { path, reason, .. } => CtlError::Unreachable {
+            path,
+            reason,
+            hint: "what was asked is kept: once the daemon runs again, `balloon-ctl jobs` shows the job that goes on",
+        },
+        other => other,
+    }
 }
 
 fn still_pending(session: &Session, job: &JobInfo) -> CtlError {

@@ -279,6 +279,7 @@ fn daemon_that_ends_during_a_wait_is_unreachable() {
     let outcome = ctl(steps, &["job", "wait", "41", "-q"]);
     assert_eq!(outcome.code, 7);
     assert!(outcome.stderr.starts_with("error[E_UNREACHABLE]: "), "{outcome:?}");
+    assert!(outcome.stderr.contains("hint: what was asked is kept: "), "{outcome:?}");
 }
 
 #[test]
