@@ -150,7 +150,7 @@ fn doctor_is_not_confused_by_an_answer_that_comes_late() {
         step("pool.status", json!({}), Reply::Silence),
         step("device.list", json!({}), Reply::Raw(late.into_bytes())),
     ];
-    let outcome = doctor(steps, 0o660, &["--json", "--timeout", "400ms"]);
+    let outcome = doctor(steps, 0o660, &["--json", "--timeout", "1500ms"]);
     assert_eq!(verdicts(&outcome), triples(&[("socket", "", "ok"), ("pool", "", "fail")]));
     assert_eq!(outcome.code, 1);
 }

@@ -197,7 +197,7 @@ fn peer_that_never_answers_is_given_up() {
             ),
             "{outcome:?}"
         );
-        assert!((Duration::from_millis(300)..Duration::from_secs(5)).contains(&time), "{time:?}");
+        assert!((Duration::from_millis(300)..Duration::from_secs(10)).contains(&time), "{time:?}");
     }
 }
 
@@ -229,9 +229,9 @@ fn daemon_that_takes_no_connection_is_given_up() {
 fn timeout_ends_the_wait_for_a_job_and_leaves_it_running() {
     // The daemon answers long polls at once and without news: that must not make the command spin.
     let evacuating = job("evacuating", 35 * GIB, 100);
-    let peer = Peer::repeat(evacuating, 12);
+    let peer = Peer::repeat(evacuating, 40);
     let mut command = command(&peer.socket());
-    command.args(["job", "wait", "41", "--timeout", "400ms"]);
+    command.args(["job", "wait", "41", "--timeout", "1500ms"]);
     let begun = Instant::now();
     let outcome = run(command);
     let time = begun.elapsed();
@@ -243,7 +243,7 @@ fn timeout_ends_the_wait_for_a_job_and_leaves_it_running() {
          error[E_TIMED_OUT]: job 41 is still evacuating: vm2-db is at 35 GiB (28 GiB asked)\n\
          hint: it goes on; `balloon-ctl job wait 41` or `balloon-ctl job cancel 41`\n"
     );
-    assert!((Duration::from_millis(400)..Duration::from_secs(5)).contains(&time), "{time:?}");
+    assert!((Duration::from_millis(1500)..Duration::from_secs(10)).contains(&time), "{time:?}");
 }
 
 #[test]
