@@ -451,8 +451,11 @@ impl Keeper {
     }
 
     fn checkpoint_is_due(&self) -> bool {
-        let position = self.core.journal.ledger().buffer.position();
-        position >= self.core.checkpoint_at.load(Ordering::Relaxed)
+        let ledger = self.core.journal.ledger();
+        // After a burst the last two checkpoints may lie so far apart that lanes run out of room before the
+        // next one is due by its distance.
+        ledger.buffer.position() >= self.core.checkpoint_at.load(Ordering::Relaxed)
+            || self.core.journal.room(&ledger) < self.core.journal.pages() * 3 / 8
     }
 
     /// See `checkpoint` for the order and its reasons.

@@ -198,6 +198,14 @@ impl Pool {
         if !options.read_only {
             keeper.take_checkpoint()?;
             keeper.refresh_promises();
+            // So that the first writes need not wait for a commit.
+            let position = {
+                let mut ledger = core.journal.ledger();
+                core.refill(&mut ledger);
+                ledger.buffer.position()
+            };
+            core.journal.commit(position)?;
+            core.scrub_bell.ring();
         }
         let background = if options.threads && !options.read_only {
             start(&core, keeper)?

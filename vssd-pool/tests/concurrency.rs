@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! Many lanes, resizes and scrubbing at once, with the real threads.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use common::*;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use vssd_pool::{
+    BlockRange, BlockSize, CreateOptions, IoError, MediumKind, MediumSpec, OpenOptions, Pool, RangeStatus,
+    Submitted, Vssd,
+};
+
+const B: u64 = 4096;
+
+fn file_pool(dir: &tempfile::TempDir, kinds: &[MediumKind]) -> Arc<Pool> {
+    let media =
+        kinds.iter().map(|kind| MediumSpec::new(*kind, dir.path().join(kind.to_string()), Some(6 * MIB)));
+    let mut create = CreateOptions::new("files", media.collect());
+    create.block_size = BlockSize::new(4096).unwrap();
+    Pool::create(&create).unwrap();
+    Pool::open(&OpenOptions::new(create.media.iter().map(|medium| medium.path.clone()))).unwrap()
+}
+
+/// Each worker owns some blocks of a vSSD that all share: it alone writes, discards and checks them, tagged with its
+/// own name; meanwhile another thread unplugs and plugs blocks, so that physical blocks wander between workers
+/// and vSSDs all the time.
+fn hammer(pool: &Arc<Pool>, seed: u64, time: Duration) {
+    const WORKERS: u32 = 3;
+    let total = pool.info().total_blocks;
+    let per_vssd = total / 2;
+    let vssds: Vec<_> =
+        ["a", "b"].iter().map(|name| pool.create_vssd(&spec(name, per_vssd, per_vssd)).unwrap()).collect();
+    let stop = Arc::new(AtomicBool::new(false));
+    let writes = Arc::new(AtomicU32::new(0));
+    let workers: Vec<_> = (0..WORKERS)
+        .map(|worker| {
+            let (pool, vssds) = (Arc::clone(pool), vssds.clone());
+            let (stop, writes) = (Arc::clone(&stop), Arc::clone(&writes));
+            std::thread::spawn(move || {
+                let mut rng = StdRng::seed_from_u64(seed + u64::from(worker));
+                let mut io = Io::new(&pool);
+                // What each of this worker's blocks holds; 0 is nothing.
+                let mut expected: Vec<Vec<u64>> =
+                    vssds.iter().map(|vssd| vec![0; vssd.total_blocks() as usize]).collect();
+                let mut generation = 0u64;
+                while !stop.load(Ordering::Relaxed) {
+                    let which = rng.random_range(0..vssds.len());
+                    let block = rng.random_range(0..per_vssd / WORKERS) * WORKERS + worker;
+                    let (vssd, held) = (&vssds[which], &mut expected[which][block as usize]);
+                    let offset = u64::from(block) * B;
+                    generation += 1;
+                    // Worker, vSSD and block are in the tag: bytes from anywhere else are told apart.
+                    let tag = generation << 32
+                        | u64::from(worker) << 24
+                        | (which as u64) << 20
+                        | u64::from(block) + 1;
+                    match rng.random_range(0..10) {
+                        0..4 => match io.write(vssd, offset, &tag.to_le_bytes().repeat(B as usize / 8)) {
+                            Ok(()) => {
+                                writes.fetch_add(1, Ordering::Relaxed);
+                                *held = tag;
+                            }
+                            Err(error) => {
+                                assert_eq!(error, IoError::Evicted);
+                                *held = 0;
+                            }
+                        },
+                        4..8 => match io.read_vec(vssd, offset, B) {
+                            Ok(bytes) => {
+                                let seen = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+                                assert!(
+                                    bytes.chunks(8).all(|word| word == seen.to_le_bytes()),
+                                    "torn block {block}"
+                                );
+                                // An unplug and plug behind this worker's back leaves zero; nothing else may.
+                                assert!(
+                                    seen == *held || seen == 0,
+                                    "block {block} holds {seen:#x}, not {:#x}",
+                                    *held
+                                );
+                                *held = seen;
+                            }
+                            Err(error) => {
+                                assert_eq!(error, IoError::Evicted);
+                                *held = 0;
+                            }
+                        },
+                        8 => match io.discard(vssd, offset, B) {
+                            Ok(()) => *held = 0,
+                            Err(error) => assert_eq!(error, IoError::Evicted),
+                        },
+                        _ => io.flush(vssd).unwrap(),
+                    }
+                }
+            })
+        })
+        .collect();
+    let mut rng = StdRng::seed_from_u64(seed ^ 0xdead);
+    let end = Instant::now() + time;
+    let mut resizes = 0;
+    while Instant::now() < end && !workers.iter().any(|worker| worker.is_finished()) {
+        let vssd = &vssds[rng.random_range(0..vssds.len())];
+        let start = rng.random_range(0..per_vssd - 8);
+        let range = vec![BlockRange::new(start, rng.random_range(1..8))];
+        let statuses = if rng.random() {
+            pool.unplug_wait(vssd.id(), range).unwrap()
+        } else {
+            pool.plug_wait(vssd.id(), range, per_vssd).unwrap()
+        };
+        assert!(matches!(statuses[..], [RangeStatus::Ok | RangeStatus::Already]), "{statuses:?}");
+        resizes += 1;
+    }
+    stop.store(true, Ordering::Relaxed);
+    for worker in workers {
+        worker.join().unwrap_or_else(|_| panic!("a worker failed, seed {seed}"));
+    }
+    let writes = writes.load(Ordering::Relaxed);
+    assert!(writes > 100 && resizes > 10, "only {writes} writes and {resizes} resizes in {time:?}");
+    let info = pool.info();
+    assert_eq!(info.leased_blocks, vssds.iter().map(|vssd| vssd.allocated_blocks()).sum::<u32>());
+    assert_eq!(
+        info.free_blocks + info.scrubbing_blocks + info.leased_blocks + info.reserved_blocks,
+        info.total_blocks
+    );
+}
+
+fn hammer_and_reopen(open: impl Fn() -> Arc<Pool>, seed: u64) {
+    let pool = open();
+    hammer(&pool, seed, Duration::from_millis(1500));
+    let plugged: Vec<_> =
+        pool.vssds().iter().map(|vssd| (vssd.plugged_blocks(), vssd.allocated_blocks())).collect();
+    pool.close().unwrap();
+    drop(pool);
+    let pool = open();
+    let again: Vec<_> =
+        pool.vssds().iter().map(|vssd| (vssd.plugged_blocks(), vssd.allocated_blocks())).collect();
+    assert_eq!(again, plugged);
+}
+
+#[test]
+fn no_worker_sees_bytes_of_another_in_memory() {
+    for (seed, sizes) in [
+        (1, &[(MediumKind::Nvram, 4 * MIB)][..]),
+        (2, &[(MediumKind::Nvram, 3 * MIB), (MediumKind::Ssd, 2 * MIB)]),
+    ] {
+        let (pool, stores) = mem_pool(sizes, true);
+        drop(pool);
+        hammer_and_reopen(|| Pool::open_on(&open_options(true), stores.clone()).unwrap(), seed);
+    }
+}
+
+#[test]
+fn no_worker_sees_bytes_of_another_on_files() {
+    for (seed, base, kinds) in [
+        (3, "/tmp", &[MediumKind::Ssd][..]),
+        (4, "/dev/shm", &[MediumKind::Ssd]),
+        (5, "/tmp", &[MediumKind::Nvram, MediumKind::Ssd]),
+    ] {
+        let dir = tempfile::tempdir_in(base).unwrap();
+        drop(file_pool(&dir, kinds));
+        let paths: Vec<_> = kinds.iter().map(|kind| dir.path().join(kind.to_string())).collect();
+        hammer_and_reopen(|| Pool::open(&OpenOptions::new(paths.clone())).unwrap(), seed);
+    }
+}
+
+#[test]
+fn unplug_waits_for_open_batches_and_requests_wait_for_the_unplug() {
+    let (pool, _stores) = mem_pool(&[(MediumKind::Nvram, 8 * MIB)], true);
+    let vssd = pool.create_vssd(&spec("a", 16, 16)).unwrap();
+    let mut holder = pool.lane().unwrap();
+    let mut late = pool.lane().unwrap();
+    let mut bytes = vec![1u8; B as usize];
+    let iov = [libc_iovec(&mut bytes)];
+    holder.begin_batch();
+    // SAFETY: `bytes` outlives the request, which is done inline.
+    assert_eq!(unsafe { holder.write(&vssd, 0, &iov, 1) }, Submitted::Done(Ok(())));
+    let (send, receive) = std::sync::mpsc::channel();
+    pool.unplug(vssd.id(), vec![BlockRange::new(0, 4)], Box::new(move |result| send.send(result).unwrap()));
+    assert!(
+        receive.recv_timeout(Duration::from_millis(100)).is_err(),
+        "a batch that may use the blocks is open"
+    );
+    let mut read = vec![0u8; B as usize];
+    let read_iov = [libc_iovec(&mut read)];
+    // SAFETY: `read` outlives the request, which is drained below.
+    assert_eq!(unsafe { late.read(&vssd, 0, &read_iov, 9) }, Submitted::Pending);
+    assert!(late.has_pending());
+    holder.end_batch();
+    assert_eq!(receive.recv_timeout(Duration::from_secs(5)).unwrap().unwrap(), [RangeStatus::Ok]);
+    let mut answers = Vec::new();
+    late.drain(&mut |token, result| answers.push((token, result)));
+    assert_eq!(answers, [(9, Err(IoError::Evicted))]);
+    assert!(read.iter().all(|&byte| byte == 0), "nothing was read");
+}
+
+#[test]
+fn event_descriptor_tells_of_completions() {
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    let pool = file_pool(&dir, &[MediumKind::Ssd]);
+    let vssd = pool.create_vssd(&spec("a", 64, 64)).unwrap();
+    let mut lane = pool.lane().unwrap();
+    let mut buffers: Vec<Vec<u8>> = (0..32u8).map(|i| vec![i; B as usize]).collect();
+    let mut left = 0;
+    let wait = |lane: &vssd_pool::Lane| {
+        let mut fds = [libc::pollfd {
+            fd: std::os::fd::AsRawFd::as_raw_fd(&lane.event_fd()),
+            events: libc::POLLIN,
+            revents: 0,
+        }];
+        // SAFETY: one valid pollfd.
+        assert_eq!(
+            unsafe { libc::poll(fds.as_mut_ptr(), 1, 5000) },
+            1,
+            "no event although requests are pending"
+        );
+    };
+    for round in 0..20 {
+        lane.begin_batch();
+        for (i, buffer) in (0u64..).zip(&mut buffers) {
+            let iov = [libc_iovec(buffer)];
+            // SAFETY: the buffers outlive the requests, which are waited for below.
+            let submitted = unsafe {
+                if round % 2 == 0 {
+                    lane.write(&vssd, i * B, &iov, i)
+                } else {
+                    lane.read(&vssd, i * B, &iov, i)
+                }
+            };
+            assert!(matches!(submitted, Submitted::Pending | Submitted::Done(Ok(()))));
+            left += u32::from(submitted == Submitted::Pending);
+        }
+        lane.end_batch();
+        while left > 0 {
+            wait(&lane);
+            lane.poll(&mut |_, result| {
+                assert_eq!(result, Ok(()));
+                left -= 1;
+            });
+        }
+        assert!(!lane.has_pending());
+        let flush = lane.flush(&vssd, 99);
+        let mut is_done = flush == Submitted::Done(Ok(()));
+        while !is_done {
+            wait(&lane);
+            lane.poll(&mut |token, result| {
+                assert_eq!((token, result), (99, Ok(())));
+                is_done = true;
+            });
+        }
+    }
+    assert!((0u8..).zip(&buffers).all(|(i, buffer)| buffer.iter().all(|&byte| byte == i)));
+}
+
+#[test]
+fn lane_dropped_with_requests_in_flight_leaves_no_trace() {
+    let dir = tempfile::tempdir_in("/tmp").unwrap();
+    let pool = file_pool(&dir, &[MediumKind::Ssd]);
+    let vssd: Arc<Vssd> = pool.create_vssd(&spec("a", 256, 256)).unwrap();
+    let mut buffer = vec![7u8; 64 * B as usize];
+    for _ in 0..80 {
+        let mut lane = pool.lane().unwrap();
+        let iov = [libc_iovec(&mut buffer)];
+        // SAFETY: the buffer outlives the lane, which waits for its requests when dropped.
+        let _ = unsafe { lane.write(&vssd, 0, &iov, 1) };
+    }
+    // More lanes than there are slots came and went, and a grace period still ends.
+    assert_eq!(pool.unplug_wait(vssd.id(), vec![BlockRange::new(0, 256)]).unwrap(), [RangeStatus::Ok]);
+}
