@@ -164,9 +164,9 @@ struct Step {
 
 fn media(seed: u64) -> Vec<(MediumKind, usize)> {
     use MediumKind::{Nvram, Ssd};
-    // Superblocks, two checkpoints and the smallest journal take a good 1.4 MiB; a little less than 40 blocks
-    // are left, so that blocks go round soon.
-    let (main, rest) = (1_700_000 & !4095, (1 << 20) + 20 * 4096);
+    // Superblocks, two checkpoints and the smallest journal take a good 1.3 MiB; some 30 blocks are left, so that
+    // blocks go round soon.
+    let (main, rest) = (1_520_000 & !4095, (1 << 20) + 20 * 4096);
     match seed % 3 {
         0 => vec![(Nvram, main)],
         1 => vec![(Ssd, main)],
