@@ -54,6 +54,8 @@ pub struct Driver {
     pub page: usize,
     /// Ranges in one UNPLUG or PLUG.
     pub batch: usize,
+    /// UNPLUG and PLUG requests sent so far.
+    pub messages: u64,
     area: Area,
     wait_area: Area,
     parked: Option<u16>,
@@ -85,6 +87,7 @@ impl Driver {
             plugged: Vec::new(),
             page: STATE_RANGES,
             batch: guest::MAX_RANGES as usize,
+            messages: 0,
             area,
             wait_area,
             parked: None,
@@ -229,6 +232,7 @@ impl Driver {
             let (epoch, ranges) = (self.epoch(), batch.to_vec());
             let request =
                 if to { Request::Plug { epoch, ranges } } else { Request::Unplug { epoch, ranges } };
+            self.messages += 1;
             let response = self.call(&request)?;
             if response.result == RequestResult::Stale {
                 return Ok(None);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What most scenarios without a virtual machine begin with: a pool, a daemon that serves it, and an operator.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -55,8 +55,9 @@ impl Site {
             Medium::Ssd => (Scratch::on_disk()?, "--ssd"),
         };
         let media = scratch.join("pool");
-        let file = format!("{}:{mib}M", media.display());
-        pool_command(&[&["create", option, &file], create].concat())?;
+        // Made beforehand, so that a large pool takes no more memory than what is written to it.
+        File::create(&media)?.set_len(mib * MIB)?;
+        pool_command(&[&["create", option, &media.to_string_lossy()], create].concat())?;
         let runtime = scratch.join("run");
         let daemon = daemon(&media, &runtime, &scratch.join("log"), serve)?.started()?;
         let operator = Operator::connect(&control_socket(&runtime))?;
