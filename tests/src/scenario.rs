@@ -223,6 +223,11 @@ impl Disk {
         guest.write_file(&self.file("hints"), lines.as_bytes())
     }
 
+    /// Takes all hints back.
+    pub fn clear_hints(&self, guest: &mut Guest) -> Result<()> {
+        guest.ok(&format!("echo clear > {}", self.file("hints"))).map(drop)
+    }
+
     /// Writes the test pattern to ranges. An error unless every block was written.
     pub fn fill(&self, guest: &mut Guest, seed: u64, ranges: &[Range]) -> Result<()> {
         for (start, count) in ranges {
