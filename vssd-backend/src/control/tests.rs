@@ -188,6 +188,7 @@ fn bad_lines() -> Vec<(Vec<u8>, ErrorCode, bool)> {
     bad
 }
 
+/// protocol.md: C-2, C-3, C-4.
 #[test]
 fn every_bad_line_gets_its_code_and_the_connection_goes_on() {
     let disks = Disks::new(64);
@@ -210,6 +211,7 @@ fn every_bad_line_gets_its_code_and_the_connection_goes_on() {
     assert_eq!(list["devices"][0]["requested_bytes"], MIB);
 }
 
+/// protocol.md: section 16.
 #[test]
 fn monitor_socket_reads_but_refuses_every_change() {
     let disks = Disks::new(64);
@@ -226,6 +228,7 @@ fn monitor_socket_reads_but_refuses_every_change() {
     watcher.ok("job.list", json!({}));
 }
 
+/// protocol.md: C-7.
 #[test]
 fn create_show_delete_and_what_operators_are_told() {
     let disks = Disks::new(64);
@@ -388,6 +391,7 @@ fn dry_run_of_a_resize_changes_nothing_and_tells_the_plan() {
     assert_eq!(client.ok("device.show", by_name("vm1")), before);
 }
 
+/// protocol.md: V-24, V-26, V-27.
 #[test]
 fn guest_is_asked_gives_blocks_of_its_choice_and_the_job_is_done() {
     let disks = Disks::new(64);
@@ -439,6 +443,7 @@ fn guest_is_asked_gives_blocks_of_its_choice_and_the_job_is_done() {
     assert_eq!(back.body, ResponseBody::Ranges(vec![RangeStatus::Ok, RangeStatus::Limit]));
 }
 
+/// protocol.md: V-18.
 #[test]
 fn state_lists_what_is_plugged_as_far_as_the_buffer_goes() {
     let disks = Disks::new(64);
@@ -499,6 +504,7 @@ fn minimum_holds_against_the_guest_and_limits_are_kept() {
     assert_eq!(info["requested_bytes"], 6 * MIB, "granted up to the maximum");
 }
 
+/// protocol.md: C-5.
 #[test]
 fn of_two_operators_with_the_same_expectation_one_wins() {
     let disks = Disks::new(64);
@@ -584,6 +590,7 @@ fn pending_target_is_resumed_as_a_job_after_a_restart() {
     assert_eq!(ended(&mut client, &jobs[0]["id"])["state"], "done");
 }
 
+/// protocol.md: V-22.
 #[test]
 fn stopping_queue_is_told_when_nothing_is_parked_any_more() {
     let disks = Disks::new(64);
@@ -599,6 +606,7 @@ fn stopping_queue_is_told_when_nothing_is_parked_any_more() {
     assert_eq!(guest.answer(wait).unwrap().result, RequestResult::NoNews);
 }
 
+/// protocol.md: C-8.
 #[test]
 fn slow_reader_loses_events_and_holds_up_nobody() {
     let disks = Disks::new(64);
@@ -660,6 +668,7 @@ fn clients_that_stall_or_flood_hold_up_nobody() {
     assert_eq!(half_open[7].read().unwrap()["id"], 3, "a line may take its time");
 }
 
+/// protocol.md: C-1.
 #[test]
 fn oversize_line_is_refused_and_ends_the_connection() {
     let disks = Disks::new(64);

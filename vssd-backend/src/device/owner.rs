@@ -401,9 +401,9 @@ impl Owner {
                 let (name, size) = (vssd.name().to_owned(), vssd.block_size());
                 // A guest can cause many of the steps in between.
                 if view.state.is_final() {
-                    info!(device = name, job = view.id, state = ?view.state, message = view.message, "job ended");
+                    info!(device = name, job = view.id, state = ?view.state, why = view.message, "job ended");
                 } else {
-                    debug!(device = name, job = view.id, state = ?view.state, message = view.message, "job");
+                    debug!(device = name, job = view.id, state = ?view.state, why = view.message, "job");
                 }
                 self.jobs.update(&name, size, view);
             }

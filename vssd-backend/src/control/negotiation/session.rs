@@ -236,9 +236,12 @@ impl Negotiation {
             self.answer(reply, RequestResult::Invalid, fx);
             return;
         }
-        session.could_give = Some(could_give);
-        // A decline of older news says nothing about the newest target.
-        let current = seq >= session.target_seq && pending;
+        // A decline of older news says nothing about the newest (V-29).
+        let newest = seq == session.seq;
+        if newest {
+            session.could_give = Some(could_give);
+        }
+        let current = newest && pending;
         if current {
             session.declined = true;
         }

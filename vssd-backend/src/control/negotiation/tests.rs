@@ -330,6 +330,7 @@ fn decline(epoch: u64, seq: u64) -> Request {
     Request::Decline { epoch, seq, could_give: 5, reason: DeclineReason::Busy }
 }
 
+/// protocol.md: V-20.
 #[test]
 fn shrink_is_offered_by_a_parked_wait_and_done_by_unplug() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -354,6 +355,7 @@ fn shrink_is_offered_by_a_parked_wait_and_done_by_unplug() {
     assert_eq!(rig.n.wake_at(), None, "an idle vSSD needs no timer");
 }
 
+/// protocol.md: V-20, V-23.
 #[test]
 fn wait_with_old_seq_is_answered_at_once_with_newest_state() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -366,6 +368,7 @@ fn wait_with_old_seq_is_answered_at_once_with_newest_state() {
     assert_eq!(rig.answers[&wait].sizes.seq, 3);
 }
 
+/// protocol.md: V-21.
 #[test]
 fn newer_wait_sends_older_one_back_without_news() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -375,6 +378,7 @@ fn newer_wait_sends_older_one_back_without_news() {
     assert!(!rig.answers.contains_key(&second));
 }
 
+/// protocol.md: V-22.
 #[test]
 fn stopping_queue_gets_its_wait_back_without_news() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -390,6 +394,7 @@ fn wait_for_news_of_the_future_is_invalid() {
     assert_eq!(rig.answers[&wait].result, RequestResult::Invalid);
 }
 
+/// protocol.md: V-14, V-15.
 #[test]
 fn old_epoch_is_stale_for_every_request_and_changes_nothing() {
     let (mut rig, old) = Rig::vssd_guest(100);
@@ -412,6 +417,7 @@ fn old_epoch_is_stale_for_every_request_and_changes_nothing() {
     assert!(rig.queue.is_empty());
 }
 
+/// protocol.md: V-14.
 #[test]
 fn hello_of_version_zero_is_told_the_version_and_keeps_the_session() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -421,6 +427,7 @@ fn hello_of_version_zero_is_told_the_version_and_keeps_the_session() {
     assert_eq!(rig.answers[&state].result, RequestResult::Ok);
 }
 
+/// protocol.md: V-19.
 #[test]
 fn state_with_unknown_flag_or_start_past_the_end_is_invalid() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -430,6 +437,7 @@ fn state_with_unknown_flag_or_start_past_the_end_is_invalid() {
     }
 }
 
+/// protocol.md: D-13.
 #[test]
 fn guest_may_volunteer_but_not_below_the_minimum() {
     let (mut rig, epoch) = Rig::vssd_guest(20);
@@ -439,6 +447,7 @@ fn guest_may_volunteer_but_not_below_the_minimum() {
     assert_eq!(answer.body, ResponseBody::Ranges(vec![RangeStatus::Protected]));
 }
 
+/// protocol.md: V-6, V-27.
 #[test]
 fn plug_never_goes_beyond_requested() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -451,6 +460,7 @@ fn plug_never_goes_beyond_requested() {
     assert_eq!(rig.capacity, 210, "a hole below does not matter to the capacity");
 }
 
+/// protocol.md: V-41.
 #[test]
 fn decline_without_deadline_ends_refused_and_withdraws_the_target() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -464,6 +474,7 @@ fn decline_without_deadline_ends_refused_and_withdraws_the_target() {
     assert!(rig.has_event("shrink.refused"));
 }
 
+/// protocol.md: V-41.
 #[test]
 fn decline_after_some_blocks_ends_partial() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -486,6 +497,7 @@ fn decline_waits_for_unplugs_in_flight() {
     assert_eq!(rig.sizes(), (93, 93));
 }
 
+/// protocol.md: V-41.
 #[test]
 fn decline_with_deadline_keeps_the_target_until_then() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -499,6 +511,7 @@ fn decline_with_deadline_keeps_the_target_until_then() {
     assert_eq!(rig.state(job), JobState::Done, "new hints in time");
 }
 
+/// protocol.md: V-29.
 #[test]
 fn decline_of_older_news_does_not_end_the_newer_job() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -506,10 +519,12 @@ fn decline_of_older_news_does_not_end_the_newer_job() {
     let job = rig.resize_to(50);
     rig.send(decline(epoch, 2));
     assert!(!rig.state(job).is_final());
+    assert_eq!(rig.n.could_give(), None);
     let future = rig.send(decline(epoch, 9));
     assert_eq!(rig.answers[&future].result, RequestResult::Invalid);
 }
 
+/// protocol.md: section 14.
 #[test]
 fn deadline_with_wait_expires_and_goes_on_asking() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -526,6 +541,7 @@ fn deadline_with_wait_expires_and_goes_on_asking() {
     assert_eq!(rig.sizes(), (60, 60));
 }
 
+/// protocol.md: section 14.
 #[test]
 fn deadline_with_fail_withdraws() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -537,6 +553,7 @@ fn deadline_with_fail_withdraws() {
     assert_eq!(rig.sizes(), (97, 97));
 }
 
+/// protocol.md: V-40.
 #[test]
 fn deadline_with_force_takes_empty_blocks_first_and_tells_the_guest() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -561,6 +578,7 @@ fn deadline_with_force_takes_empty_blocks_first_and_tells_the_guest() {
     assert_eq!(flags & guest::NEWS_STATE, guest::NEWS_STATE);
 }
 
+/// protocol.md: V-40.
 #[test]
 fn forced_resize_does_not_ask() {
     let (mut rig, _) = Rig::vssd_guest(100);
@@ -636,6 +654,7 @@ fn progress_brings_an_uncooperative_guest_back() {
     assert!(!rig.n.is_uncooperative());
 }
 
+/// protocol.md: V-43.
 #[test]
 fn stock_guest_gives_only_the_empty_tail_and_capacity_follows() {
     let mut rig = Rig::stock_guest(100);
@@ -674,6 +693,7 @@ fn stock_guest_is_cut_through_data_only_by_force() {
     assert_eq!(rig.events.iter().find(|e| e.event == "shrink.forced").unwrap().data["lost_bytes"], BLOCK);
 }
 
+/// protocol.md: V-42.
 #[test]
 fn stock_and_detached_grow_at_once_by_the_host() {
     for mut rig in [Rig::stock_guest(100), Rig::new(100)] {
@@ -691,6 +711,20 @@ fn grow_beyond_the_pool_ends_and_withdraws() {
     rig.run_pool();
     assert_eq!((rig.state(job), rig.sizes()), (JobState::Partial, (120, 120)));
     assert_eq!(rig.jobs[&job].error, Some(ErrorCode::PoolFull));
+}
+
+#[test]
+fn host_does_not_try_again_what_just_failed() {
+    // Below its minimum (10), so that the target cannot be taken back to what is plugged.
+    let mut rig = Rig::new(5);
+    rig.can_plug = 5;
+    let job = rig.resize_to(20);
+    rig.run_pool();
+    assert_eq!((rig.state(job), rig.sizes()), (JobState::Refused, (10, 5)));
+    rig.can_plug = 1000;
+    rig.resize_to(15);
+    rig.run_pool();
+    assert_eq!(rig.sizes(), (15, 15), "another wish is another try");
 }
 
 #[test]
@@ -755,6 +789,7 @@ fn hello_may_come_long_after_boot_and_ends_stock_rules() {
     assert_eq!((rig.state(job), rig.sizes()), (JobState::Created, (60, 100)), "the guest is asked");
 }
 
+/// protocol.md: V-16, V-37, V-40.
 #[test]
 fn guest_rebooting_in_mid_shrink_is_not_cut_by_the_host() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -772,6 +807,7 @@ fn guest_rebooting_in_mid_shrink_is_not_cut_by_the_host() {
     assert_eq!(rig.state(job), JobState::Done);
 }
 
+/// protocol.md: V-37.
 #[test]
 fn idle_queue_starting_at_index_zero_does_not_end_the_session() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
@@ -806,6 +842,7 @@ fn newer_resize_supersedes_and_raising_cancels_the_shrink() {
     assert_eq!((rig.state(second), rig.sizes()), (JobState::Done, (95, 95)));
 }
 
+/// protocol.md: C-5.
 #[test]
 fn expected_size_that_is_not_the_requested_one_is_a_conflict() {
     let (mut rig, _) = Rig::vssd_guest(100);
@@ -845,6 +882,7 @@ fn cancel_takes_the_target_back_and_follows_what_is_in_flight() {
     assert_eq!(rig.sizes(), (93, 93), "both sides agree");
 }
 
+/// protocol.md: V-30.
 #[test]
 fn pull_is_told_and_granted_only_by_policy() {
     let pull = |epoch| Request::Pull { epoch, want_blocks: 50, urgency: Urgency::Pressure };
@@ -905,6 +943,7 @@ fn pending_target_of_a_restarted_daemon_becomes_a_job() {
     assert_eq!(rig.state(1), JobState::Done);
 }
 
+/// protocol.md: V-17.
 #[test]
 fn raising_the_maximum_ends_the_session_for_its_address_space_is_constant() {
     let (mut rig, epoch) = Rig::vssd_guest(100);
