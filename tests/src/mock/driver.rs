@@ -103,6 +103,10 @@ impl Driver {
         ensure!(response.result == RequestResult::Ok, "HELLO: {response:?}");
         let ResponseBody::Hello(hello) = response.body else { bail!("HELLO: {response:?}") };
         self.hello = hello;
+        if self.parked.is_some() {
+            let old = self.wait_answer(PATIENCE)?.context("the WAIT of the session before stays parked")?;
+            ensure!(old.result != RequestResult::NoNews, "{old:?}");
+        }
         self.refresh()
     }
 
