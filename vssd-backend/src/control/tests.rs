@@ -2,11 +2,14 @@
 
 //! The control sockets as clients see them: real sockets, a real pool, a guest that a test plays.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng, TryRngCore};
 use serde_json::{Value, json};
 use vssd_protocol::control::{ErrorCode, MAX_LINE};
 use vssd_protocol::guest::{
@@ -682,6 +685,127 @@ fn oversize_line_is_refused_and_ends_the_connection() {
     let _ = client.stream.read_to_end(&mut rest);
     assert!(rest.is_empty());
     daemon.client().ok("device.list", json!({}));
+}
+
+/// A generator whose seed is shown when a test fails; set `VSSD_SEED` to replay.
+fn seeded() -> StdRng {
+    let seed = std::env::var("VSSD_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| rand::rngs::OsRng.try_next_u64().unwrap());
+    println!("VSSD_SEED={seed}");
+    StdRng::seed_from_u64(seed)
+}
+
+#[test]
+fn damaged_requests_never_silence_the_daemon() {
+    const SPICE: &[u8] = b"\"{}[]:,0-9e\\u";
+    let disks = Disks::new(64);
+    let daemon = Daemon::start(&disks);
+    daemon.create("vm1", MIB, 2 * MIB);
+    let mut rng = seeded();
+    let good: Vec<String> = [
+        ("server.hello", json!({ "client": "x" })),
+        ("device.show", by_name("vm1")),
+        (
+            "device.create",
+            json!({ "name": "vm2", "size_bytes": MIB, "policy": { "pull": "grant" }, "dry_run": true }),
+        ),
+        ("device.resize", json!({ "name": "vm1", "size_bytes": MIB, "expected_bytes": 1, "force": false })),
+        ("job.wait", json!({ "id": 1, "timeout_ms": 1 })),
+        ("job.cancel", json!({ "id": 1 })),
+    ]
+    .into_iter()
+    .map(|(method, params)| {
+        json!({ "jsonrpc": "2.0", "id": 1, "method": method, "params": params }).to_string()
+    })
+    .collect();
+    let mut client = daemon.client();
+    for _ in 0..3000 {
+        let mut line = good[rng.random_range(0..good.len())].clone().into_bytes();
+        for _ in 0..rng.random_range(1..4) {
+            let at = rng.random_range(0..line.len());
+            match rng.random_range(0..3) {
+                0 => line[at] = rng.random(),
+                1 => drop(line.remove(at)),
+                _ => line.insert(at, SPICE[rng.random_range(0..SPICE.len())]),
+            }
+        }
+        line.retain(|byte| *byte != b'\n');
+        client.send_line(&line);
+        let answer = client.read().expect("an answer to every line");
+        assert_eq!(answer["jsonrpc"], "2.0");
+        assert!(answer.get("result").is_some() != answer.get("error").is_some(), "{answer}");
+    }
+    assert_eq!(client.ok("device.list", json!({}))["devices"].as_array().unwrap().len(), 1);
+}
+
+/// A guest, an operator and the pool at once: in the end all three name the same blocks.
+#[test]
+fn random_guest_and_operators_agree_with_the_pool() {
+    const TOTAL: u32 = 256;
+    let disks = Disks::new(64);
+    let daemon = Daemon::start(&disks);
+    let id = daemon.create("vm1", 8 * MIB, u64::from(TOTAL) * BLOCK);
+    let mut guest = Guest::boot(&daemon, id);
+    let mut epoch = guest.hello();
+    let mut client = daemon.client();
+    let mut plugged: BTreeSet<u32> = (0..128).collect();
+    let mut rng = seeded();
+    for step in 0..600 {
+        let range = BlockRange::new(rng.random_range(0..TOTAL + 3), rng.random_range(0..40));
+        let ranges = vec![range, BlockRange::new(rng.random_range(0..TOTAL), 1)];
+        let blocks = |range: BlockRange| range.start..range.start + range.count;
+        match rng.random_range(0..10) {
+            0..4 => {
+                let answer = guest.call(Request::Unplug { epoch, ranges: ranges.clone() });
+                let ResponseBody::Ranges(statuses) = answer.body else { panic!("{answer:?}") };
+                for (range, status) in ranges.into_iter().zip(statuses) {
+                    match status {
+                        RangeStatus::Ok => plugged.retain(|block| !blocks(range).contains(block)),
+                        RangeStatus::Already => assert!(blocks(range).all(|block| !plugged.contains(&block))),
+                        RangeStatus::Range => assert!(!range.is_within(TOTAL)),
+                        RangeStatus::Protected => assert!(plugged.iter().all(|b| blocks(range).contains(b))),
+                        other => panic!("{other:?}"),
+                    }
+                }
+                assert_eq!(answer.sizes.plugged_blocks as usize, plugged.len());
+            }
+            4..8 => {
+                let answer = guest.call(Request::Plug { epoch, ranges: ranges.clone() });
+                let ResponseBody::Ranges(statuses) = answer.body else { panic!("{answer:?}") };
+                let requested = answer.sizes.requested_blocks as usize;
+                for (range, status) in ranges.into_iter().zip(statuses) {
+                    match status {
+                        RangeStatus::Ok => {
+                            plugged.extend(blocks(range));
+                            assert!(plugged.len() <= requested, "{} of {requested}", plugged.len());
+                        }
+                        RangeStatus::Already => assert!(blocks(range).all(|block| plugged.contains(&block))),
+                        RangeStatus::Range => assert!(!range.is_within(TOTAL)),
+                        RangeStatus::Limit => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+                assert_eq!(answer.sizes.plugged_blocks as usize, plugged.len());
+            }
+            8 => drop(
+                client.call("device.resize", resize("vm1", rng.random_range(1..=u64::from(TOTAL)) * BLOCK)),
+            ),
+            _ if step % 3 == 0 => epoch = guest.hello(),
+            _ => write_block(&daemon, "vm1", u64::from(*plugged.first().expect("never empty"))),
+        }
+    }
+    let room = guest::min_response_len(guest::RequestType::State, 0) + 8 * TOTAL as usize;
+    let ticket = guest.send_with_room(Request::State { epoch, flags: 0, start: 0 }, room);
+    let answer = guest.answer(ticket).unwrap();
+    let ResponseBody::State { next, ranges } = answer.body else { panic!("{answer:?}") };
+    let listed: BTreeSet<u32> =
+        ranges.into_iter().flat_map(|range| range.start..range.start + range.count).collect();
+    assert_eq!((next, &listed), (TOTAL, &plugged), "what the guest was told and what STATE says");
+    let evicted: Vec<BlockRange> =
+        serde_json::from_value(client.ok("device.evicted", by_name("vm1"))["ranges"].take()).unwrap();
+    let evicted: BTreeSet<u32> =
+        evicted.into_iter().flat_map(|range| range.start..range.start + range.count).collect();
+    assert_eq!(evicted, (0..TOTAL).filter(|block| !plugged.contains(block)).collect(), "what operators see");
 }
 
 #[test]

@@ -40,8 +40,6 @@ use crate::control::negotiation::{
 mod alarm;
 mod operator;
 mod pick;
-#[cfg(test)]
-mod tests;
 
 use alarm::Alarm;
 
