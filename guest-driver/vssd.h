@@ -58,6 +58,7 @@ struct vssd_vq {
 	spinlock_t lock;		/* of the ring and of all below */
 	unsigned int parity;		/* under which requests count that enter from now on */
 	unsigned int inflight[2];	/* block requests in the ring, by parity: vssd_blk_drain() */
+	bool closed;			/* the device was reset: the ring is not looked at */
 	struct list_head parked;	/* requests that wait for a fence to be lifted */
 	u64 completed;			/* block requests answered */
 	u64 parked_total;

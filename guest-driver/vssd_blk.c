@@ -429,27 +429,42 @@ static void vssd_retire(struct vssd *vssd, struct vssd_vq *vq, struct vssd_pdu *
 	blk_mq_complete_request(blk_mq_rq_from_pdu(vr));
 }
 
+/*
+ * Takes from a ring what the device answered. Returns whether block requests were among it.
+ *
+ * Context: vssd_vq.lock held.
+ */
+static bool vssd_vq_take(struct vssd *vssd, struct vssd_vq *vq)
+{
+	bool retired = false;
+	unsigned int len;
+	void *token;
+
+	while ((token = virtqueue_get_buf(vq->vq, &len))) {
+		if (vssd_token_is_msg(token)) {
+			vssd_chan_answered(vssd, token, true);
+		} else {
+			vssd_retire(vssd, vq, token);
+			retired = true;
+		}
+	}
+	return retired;
+}
+
 static void vssd_vq_done(struct virtqueue *virtqueue)
 {
 	struct vssd *vssd = virtqueue->vdev->priv;
 	struct vssd_vq *vq = &vssd->vqs[virtqueue->index];
 	bool retired = false;
 	unsigned long irq;
-	unsigned int len;
-	void *token;
 
 	spin_lock_irqsave(&vq->lock, irq);
-	do {
+	while (!vq->closed) {
 		virtqueue_disable_cb(virtqueue);
-		while ((token = virtqueue_get_buf(virtqueue, &len))) {
-			if (vssd_token_is_msg(token)) {
-				vssd_chan_answered(vssd, token, true);
-			} else {
-				vssd_retire(vssd, vq, token);
-				retired = true;
-			}
-		}
-	} while (!virtqueue_enable_cb(virtqueue) && !virtqueue_is_broken(virtqueue));
+		retired |= vssd_vq_take(vssd, vq);
+		if (virtqueue_enable_cb(virtqueue) || virtqueue_is_broken(virtqueue))
+			break;
+	}
 	if (retired)
 		blk_mq_start_stopped_hw_queues(vssd->disk->queue, true);
 	spin_unlock_irqrestore(&vq->lock, irq);
@@ -538,7 +553,9 @@ bool vssd_blk_busy(struct vssd *vssd, u64 *completed)
 
 /**
  * vssd_blk_reclaim - take everything back from a device that was reset
- * @vssd: the disk; none of its rings is in use
+ * @vssd: the disk; nothing enters its rings any more
+ *
+ * What the device did not answer fails. An interrupt that comes late finds the rings closed.
  */
 void vssd_blk_reclaim(struct vssd *vssd)
 {
@@ -549,6 +566,8 @@ void vssd_blk_reclaim(struct vssd *vssd)
 		struct vssd_vq *vq = &vssd->vqs[i];
 
 		spin_lock_irq(&vq->lock);
+		vq->closed = true;
+		vssd_vq_take(vssd, vq);
 		while ((token = virtqueue_detach_unused_buf(vq->vq))) {
 			if (vssd_token_is_msg(token)) {
 				vssd_chan_answered(vssd, token, false);

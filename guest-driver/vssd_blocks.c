@@ -297,10 +297,10 @@ bool vssd_blocks_next_evicted(const struct vssd_blocks *blocks, u32 from, u32 mo
  * @spans: the choice
  * @most: the most spans
  *
- * Among blocks of one age the lowest go first, since neighbours make longer ranges.
+ * Among blocks of one age the highest go first, see vssd_pick_empty().
  *
  * Context: work item.
- * Return: number of spans. They may hold more than @need blocks when ages change meanwhile.
+ * Return: number of spans.
  */
 u32 vssd_blocks_coldest(struct vssd_blocks *blocks, u32 need, const unsigned long *skip,
 			struct vssd_span *spans, u32 most)
@@ -308,9 +308,9 @@ u32 vssd_blocks_coldest(struct vssd_blocks *blocks, u32 need, const unsigned lon
 	u16 *stamps = READ_ONCE(blocks->stamps);
 	u16 now = vssd_stamp_now(), bound, age;
 	u32 *ages = blocks->ages;
-	u32 i, n = 0, older = 0;
+	u32 i, n = 0, older = 0, same;
 
-	if (!stamps || !most)
+	if (!stamps)
 		return 0;
 	memset(ages, 0, (VSSD_STAMP_OLDEST + 1) * sizeof(*ages));
 	for (i = 0; i < blocks->total; i++)
@@ -323,25 +323,27 @@ u32 vssd_blocks_coldest(struct vssd_blocks *blocks, u32 need, const unsigned lon
 			break;
 		older += ages[bound];
 	}
-	need -= min(need, older);
+	same = need - older;
 
-	for (i = 0; i < blocks->total; i++) {
+	for (i = blocks->total; i-- && need;) {
 		age = vssd_stamp_age(now, READ_ONCE(stamps[i]));
 		if (age < bound || test_bit(i, blocks->blocked) || test_bit(i, skip))
 			continue;
 		if (age == bound) {
-			if (!need)
+			if (!same)
 				continue;
-			need--;
+			same--;
 		}
-		if (n && spans[n - 1].start + spans[n - 1].count == i) {
+		if (n && spans[n - 1].start == i + 1) {
+			spans[n - 1].start = i;
 			spans[n - 1].count++;
-			continue;
-		}
-		if (n == most)
+		} else if (n < most) {
+			spans[n].start = i;
+			spans[n++].count = 1;
+		} else {
 			break;
-		spans[n].start = i;
-		spans[n++].count = 1;
+		}
+		need--;
 	}
 	return n;
 }

@@ -176,6 +176,7 @@ out_put_disk:
 	blk_mq_free_tag_set(&vssd->tag_set);
 out_reset:
 	virtio_reset_device(vdev);
+	vssd_blk_reclaim(vssd);
 	vssd_blk_free_vqs(vssd);
 out_free:
 	vssd_free(vssd);

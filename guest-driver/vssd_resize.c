@@ -57,8 +57,8 @@ enum vssd_stage {
 struct vssd_pass {
 	enum vssd_stage stage;
 	u32 generation;			/* of the hints in the batch */
-	u32 empty_next;			/* where to go on asking for empty blocks */
-	bool empty_begun;
+	bool empty_known;		/* vssd->scratch holds the empty blocks */
+	u32 empty_end;			/* those from here on were looked at */
 	u32 given;			/* blocks */
 	u32 busy;			/* blocks whose pages could not be dropped */
 	u32 refused;			/* blocks the device does not take now */
@@ -321,76 +321,78 @@ static int vssd_hear_news(struct vssd *vssd)
 
 /* ---- giving blocks up ---- */
 
-/* Adds the blocks of a span that are neither written nor hinted to the batch. */
-static u32 vssd_add_empty(struct vssd *vssd, const struct vssd_span *span, u32 n, u32 *need)
+/*
+ * Asks the device for blocks that hold no data: vssd->scratch. A write that is under way when the device
+ * answers must not be missed, so all writes are noted from before the question on, and vssd_check()
+ * looks again.
+ */
+static int vssd_find_empty(struct vssd *vssd)
 {
-	struct vssd_span *batch = vssd->batch;
-	u32 i;
+	struct vssd_state_page page = { .next = 0 };
+	struct vssd_news news;
+	struct vssd_span span;
+	int err;
 
-	for (i = span->start; i < span->start + span->count && *need; i++) {
-		if (test_bit(i, vssd->blocks.blocked) || test_bit(i, vssd->blocks.written) ||
-		    test_bit(i, vssd->hints.queued))
-			continue;
-		if (n && batch[n - 1].start + batch[n - 1].count == i) {
-			batch[n - 1].count++;
-		} else {
-			if (n == vssd->max_ranges)
-				break;
-			batch[n++] = (struct vssd_span) { i, 1 };
-		}
-		(*need)--;
-	}
-	return n;
+	vssd_blocks_forget_writes(&vssd->blocks);
+	err = vssd_blk_drain(vssd);
+	if (err)
+		return err;
+	bitmap_zero(vssd->scratch, vssd->blocks.total);
+	do {
+		if (vssd_interrupted(vssd))
+			return -EAGAIN;
+		err = vssd_chan_state(vssd, VSSD_STATE_F_EMPTY, page.next, &page, &news);
+		if (err)
+			return err;
+		while ((err = vssd_chan_next_range(vssd, &page, &span)) > 0)
+			bitmap_set(vssd->scratch, span.start, span.count);
+		if (err)
+			return err;
+	} while (page.next < vssd->blocks.total);
+	return 0;
 }
 
 /*
- * Asks the device for blocks that hold no data. A write that is under way when the device answers must
- * not be missed: all writes are noted from before the question on, and vssd_check() looks again.
+ * Chooses empty blocks, the highest first: the beginning of a disk is what is used first, and a driver
+ * that does not know vSSDs can use it up to its highest plugged block.
  */
 static int vssd_pick_empty(struct vssd *vssd, struct vssd_pass *pass, u32 need)
 {
-	struct vssd_state_page page;
-	struct vssd_news news;
-	struct vssd_span span;
+	struct vssd_span *batch = vssd->batch;
+	unsigned long i;
 	u32 n = 0;
 	int err;
 
-	if (!pass->empty_begun) {
-		vssd_blocks_forget_writes(&vssd->blocks);
-		err = vssd_blk_drain(vssd);
+	if (!pass->empty_known) {
+		err = vssd_find_empty(vssd);
 		if (err)
 			return err;
-		pass->empty_begun = true;
+		pass->empty_known = true;
+		pass->empty_end = vssd->blocks.total;
 	}
-	while (!n && pass->empty_next < vssd->blocks.total && !vssd_interrupted(vssd)) {
-		err = vssd_chan_state(vssd, VSSD_STATE_F_EMPTY, pass->empty_next, &page, &news);
-		if (err)
-			return err;
-		pass->empty_next = page.next;
-		while ((err = vssd_chan_next_range(vssd, &page, &span)) > 0) {
-			n = vssd_add_empty(vssd, &span, n, &need);
-			if (!need || n == vssd->max_ranges) {
-				pass->empty_next = vssd->batch[n - 1].start +
-						   vssd->batch[n - 1].count;
-				break;
-			}
+	while (need && pass->empty_end) {
+		i = find_last_bit(vssd->scratch, pass->empty_end);
+		if (i >= pass->empty_end) {
+			pass->empty_end = 0;
+			break;
 		}
-		if (err < 0)
-			return err;
+		if (test_bit(i, vssd->blocks.blocked) || test_bit(i, vssd->blocks.written) ||
+		    test_bit(i, vssd->hints.queued)) {
+			pass->empty_end = i;
+			continue;
+		}
+		if (n && batch[n - 1].start == i + 1) {
+			batch[n - 1].start = i;
+			batch[n - 1].count++;
+		} else if (n < vssd->max_ranges) {
+			batch[n++] = (struct vssd_span) { i, 1 };
+		} else {
+			break;
+		}
+		pass->empty_end = i;
+		need--;
 	}
-	return n || !vssd_interrupted(vssd) ? n : -EAGAIN;
-}
-
-/* Shortens a batch to @need blocks. */
-static u32 vssd_trim(struct vssd_span *spans, u32 n, u32 need)
-{
-	u32 i;
-
-	for (i = 0; i < n && need; i++) {
-		spans[i].count = min(spans[i].count, need);
-		need -= spans[i].count;
-	}
-	return i;
+	return n;
 }
 
 /*
@@ -419,10 +421,8 @@ static int vssd_pick(struct vssd *vssd, struct vssd_pass *pass, u32 need)
 			break;
 		case VSSD_STAGE_COLD:
 			if (nominate >= VSSD_NOMINATE_COLD && !vssd_in_use(vssd))
-				n = vssd_trim(vssd->batch,
-					      vssd_blocks_coldest(&vssd->blocks, need,
-								  vssd->hints.queued, vssd->batch,
-								  vssd->max_ranges), need);
+				n = vssd_blocks_coldest(&vssd->blocks, need, vssd->hints.queued,
+							vssd->batch, vssd->max_ranges);
 			break;
 		default:
 			break;
