@@ -189,12 +189,10 @@ impl Blocks {
     }
 
     fn refill_size(&self, side: &Side) -> usize {
+        // Of a small pool an eighth: what is in reserve is zeroed once more after a crash.
+        let target = self.reserve_target.min((side.count as usize / 8).max(4));
         let reserved = side.reserved();
-        if reserved > self.reserve_target / 2 {
-            0
-        } else {
-            (self.reserve_target - reserved).min(side.clean as usize)
-        }
+        if reserved > target / 2 { 0 } else { (target - reserved).min(side.clean as usize) }
     }
 
     /// Takes clean blocks out of the clean set, for records `Reserve` that the caller appends to the journal

@@ -169,21 +169,24 @@ pub(crate) fn plan(
 /// How large one medium must be for a pool that holds `data_bytes` for vSSDs, with its own metadata on the same
 /// medium and nothing overcommitted.
 pub fn medium_bytes(data_bytes: u64, block_size: BlockSize) -> Result<u64> {
+    let too_many = || Error::invalid(format!("{data_bytes} bytes are too many blocks of {block_size}"));
     let wanted = block_size
         .blocks_for(data_bytes)
-        .filter(|blocks| *blocks < MAX_PHYSICAL_BLOCKS)
-        .ok_or_else(|| Error::invalid(format!("{data_bytes} bytes are too many blocks of {block_size}")))?;
-    let mut size = HEADER + block_size.bytes_of(wanted.max(1));
-    // The metadata grows with the medium, by far less than the blocks that it is for: a few rounds suffice.
-    loop {
-        // A medium too small for the metadata alone counts as no blocks at all.
-        let blocks =
-            plan("", [None, Some(size)], block_size, 100).map_or(0, |(layout, _)| layout.total_blocks());
+        .filter(|&blocks| blocks < MAX_PHYSICAL_BLOCKS)
+        .ok_or_else(too_many)?
+        .max(1);
+    // The header, the smallest journal and a block for rounding, and then what the first guess was short of. The metadata grows with the
+    // medium, but by far less than the blocks that it is for: a few rounds get there.
+    let mut size = block_size.bytes_of(wanted + 1) + HEADER + (512 << 10);
+    for _ in 0..64 {
+        let (layout, _) = plan("", [None, Some(size)], block_size, 100).map_err(|_| too_many())?;
+        let blocks = layout.total_blocks();
         if blocks >= wanted {
             return Ok(size);
         }
         size += block_size.bytes_of(wanted - blocks);
     }
+    Err(too_many())
 }
 
 impl Superblock {
@@ -388,6 +391,23 @@ mod tests {
         let crc = crc32c(&page);
         page[12..16].copy_from_slice(&crc.to_le_bytes());
         assert!(Superblock::decode(&page).unwrap_err().contains("features 0x1"));
+    }
+
+    #[test]
+    fn medium_bytes_suffice_and_waste_little() {
+        for shift in [12, 16, 21] {
+            let block_size = BlockSize::new(1 << shift).unwrap();
+            for data in [0, 1, 1 << 20, (1 << 30) - 1, 1 << 30, 1 << 40, 3 << 41] {
+                let size = medium_bytes(data, block_size).unwrap();
+                let (layout, _) = plan("p", [None, Some(size)], block_size, 100).unwrap();
+                assert!(block_size.bytes_of(layout.blocks[1]) >= data, "{data} in blocks of {block_size}");
+                assert!(
+                    size <= data + data / 16 + (8 << 20),
+                    "{size} bytes for {data} in blocks of {block_size}"
+                );
+            }
+            assert_eq!(medium_bytes(u64::MAX, block_size).unwrap_err().code(), "E_INVALID");
+        }
     }
 
     #[test]

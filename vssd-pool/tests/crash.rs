@@ -16,7 +16,7 @@ use common::*;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use vssd_pool::store::fault::Sim;
-use vssd_pool::{BlockIndex, BlockRange, IoError, MediumKind, Pool, RangeStatus, VssdAttrs};
+use vssd_pool::{BlockIndex, BlockRange, Class, IoError, MediumKind, Pool, RangeStatus, VssdAttrs};
 
 const B: u64 = 4096;
 const SECTORS: usize = 8;
@@ -166,11 +166,11 @@ fn media(seed: u64) -> Vec<(MediumKind, usize)> {
     use MediumKind::{Nvram, Ssd};
     // Superblocks, two checkpoints and the smallest journal take a good 1.3 MiB; some 30 blocks are left, so that
     // blocks go round soon.
-    let (main, rest) = (1_520_000 & !4095, (1 << 20) + 20 * 4096);
+    let (main, smaller, rest) = (1_590_000 & !4095, 1_500_000 & !4095, (1 << 20) + 24 * 4096);
     match seed % 3 {
         0 => vec![(Nvram, main)],
         1 => vec![(Ssd, main)],
-        _ => vec![(Nvram, main), (Ssd, rest)],
+        _ => vec![(Nvram, smaller), (Ssd, rest)],
     }
 }
 
@@ -225,7 +225,12 @@ impl Run {
         let name = NAMES[self.rng.random_range(0..NAMES.len())];
         let Some(vssd) = self.pool.vssd_by_name(name) else {
             let initial = self.rng.random_range(0..8);
-            let certain = self.pool.create_vssd(&spec(name, MAX_BLOCKS, initial)).is_ok();
+            let mut spec = spec(name, MAX_BLOCKS, initial);
+            if self.pool.info().media.len() == 2 && name != "a" {
+                // Otherwise the SSD would hardly be used.
+                spec.attrs.class = if name == "b" { Class::Nvram } else { Class::Ssd };
+            }
+            let certain = self.pool.create_vssd(&spec).is_ok();
             // Refused for want of room is certain, too: then nothing may appear.
             let failed = self.pool.info().failed;
             return (
@@ -250,10 +255,8 @@ impl Run {
                 (Action::Other, true)
             }
             86..88 => {
-                let attrs = VssdAttrs {
-                    requested_blocks: self.rng.random_range(0..MAX_BLOCKS),
-                    ..VssdAttrs::default()
-                };
+                let attrs =
+                    VssdAttrs { requested_blocks: self.rng.random_range(0..MAX_BLOCKS), ..vssd.attrs() };
                 drop(self.pool.set_attrs(vssd.id(), &attrs));
                 (Action::Other, true)
             }
