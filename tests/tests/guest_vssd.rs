@@ -329,3 +329,110 @@ fn a_guest_that_reboots_reloads_or_unbinds_in_mid_shrink_goes_on_where_it_was() 
     host.finish()?;
     report.finish()
 }
+
+/// The state in which the newest job ended.
+fn job_state(said: &serde_json::Value) -> String {
+    scenario::find(said, "state").and_then(|state| state.as_str()).unwrap_or("none").to_owned()
+}
+
+/// What the guest does with a shrink by 64 blocks: declines it, gives a part, says nothing at all.
+#[test]
+fn a_guest_that_declines_gives_a_part_or_is_silent_brings_each_job_to_a_named_end() -> Result<()> {
+    let _slot = guest_slot()?;
+    let scratch = Scratch::new()?;
+    let mut host = PoolHost::new(&scratch, Medium::Nvram, "100M")?;
+    let socket = host.create(NAME, &["--size", "64M"])?;
+    let mut guest = boot(QemuBinary::debian()?, &Kernel::debian()?, &[&socket])?;
+    let mut report = Report::new("ends of a shrink");
+    let disk = scenario::bind(&mut guest, 0)?;
+    let total = disk.total_blocks;
+    disk.fill(&mut guest, SEED, &[(0, total)])?;
+    let settled = |guest: &mut Guest, host: &PoolHost, plugged: u64| -> Result<()> {
+        disk.wait_plugged(guest, plugged)?;
+        disk.agree(guest, host, NAME, SEED).map(drop)
+    };
+
+    let declined = host.ctl.refused(&["shrink", NAME, "4M", "--wait"])?;
+    settled(&mut guest, &host, total)?;
+    report.check(
+        "declined",
+        declined.code == 4 && declined.stdout.contains("refused"),
+        declined.stdout.trim(),
+    );
+
+    disk.hint(&mut guest, &[(100, 10)])?;
+    let partial = host.ctl.refused(&["shrink", NAME, "4M", "--wait"])?;
+    settled(&mut guest, &host, total - 10)?;
+    report.check(
+        "gave a part",
+        partial.code == 4 && partial.stdout.contains("partial"),
+        partial.stdout.trim(),
+    );
+    host.ctl.ok(&["resize", NAME, "max", "--wait"])?;
+    disk.fill(&mut guest, SEED, &[(0, total)])?;
+
+    // The target is raised while the guest is at it: only what was given by then is gone.
+    disk.hint(&mut guest, &[(200, 10)])?;
+    host.ctl.ok(&["shrink", NAME, "4M", "--no-wait", "--deadline", "60s"])?;
+    disk.wait_plugged(&mut guest, total - 10)?;
+    host.ctl.ok(&["resize", NAME, &((total - 5) * disk.block_size).to_string(), "--wait"])?;
+    settled(&mut guest, &host, total - 5)?;
+    let jobs = host.ctl.ok(&["jobs"])?.to_string();
+    report.check(
+        "target raised in mid-shrink",
+        jobs.contains("superseded"),
+        "the first job is superseded, the second done",
+    );
+    host.ctl.ok(&["resize", NAME, "max", "--wait"])?;
+    disk.fill(&mut guest, SEED, &[(0, total)])?;
+
+    // A guest that is stopped says nothing.
+    for (policy, state, left) in
+        [("wait", "expired", total), ("fail", "expired", total), ("force", "done", total - 64)]
+    {
+        guest.qmp().execute("stop", serde_json::json!({}))?;
+        let said =
+            host.ctl.run(&["shrink", NAME, "4M", "--wait", "--deadline", "1s", "--on-timeout", policy])?;
+        let ended = said.documents.last().map(job_state).unwrap_or_default();
+        let plugged = host.show(NAME)?["plugged_bytes"].as_u64().unwrap_or(0) / disk.block_size;
+        let requested = host.show(NAME)?["requested_bytes"].as_u64().unwrap_or(0) / disk.block_size;
+        guest.qmp().execute("cont", serde_json::json!({}))?;
+        ensure!(ended == state && plugged == left, "{policy}: {ended}, {plugged} plugged\n{said:?}");
+        ensure!(
+            requested == if policy == "fail" { total } else { total - 64 },
+            "{policy}: {requested} requested"
+        );
+        if policy == "wait" {
+            // The target stands: the guest, awake again and with something to give, reaches it after all.
+            disk.hint(&mut guest, &[(300, 64)])?;
+            settled(&mut guest, &host, total - 64)?;
+            host.ctl.ok(&["resize", NAME, "max", "--wait"])?;
+            disk.fill(&mut guest, SEED, &[(0, total)])?;
+        }
+        settled(&mut guest, &host, left)?;
+        report.pass(&format!("silent, policy {policy}"), format!("job {ended}, {plugged} blocks plugged"));
+    }
+    // Forced blocks are answered like any other evicted one, and come back like any other.
+    host.ctl.ok(&["resize", NAME, "max", "--wait"])?;
+    settled(&mut guest, &host, total)?;
+
+    let first = host.ctl.run(&[
+        "rpc",
+        "device.resize",
+        &format!(r#"{{"name":"{NAME}","size_bytes":{},"expected_bytes":{}}}"#, 60 << 20, 64 << 20),
+    ])?;
+    let second = host.ctl.refused(&[
+        "rpc",
+        "device.resize",
+        &format!(r#"{{"name":"{NAME}","size_bytes":{},"expected_bytes":{}}}"#, 62 << 20, 64 << 20),
+    ])?;
+    report.check(
+        "two operators at once",
+        first.code == 0 && second.stderr.contains("E_CONFLICT"),
+        "the second is told E_CONFLICT",
+    );
+    guest.expect_quiet_kernel()?;
+    guest.power_off()?;
+    host.finish()?;
+    report.finish()
+}
