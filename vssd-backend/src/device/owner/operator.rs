@@ -58,7 +58,7 @@ impl Owner {
             })
         };
         let size = blocks("a size", params.size_bytes)?;
-        let min = params.min_bytes.map_or(Ok(1), |bytes| blocks("a minimum size", bytes))?;
+        let min = params.min_bytes.map_or(Ok(1), |bytes| blocks("a minimum size", bytes.max(1)))?;
         let max = params.max_bytes.map_or(Ok(size), |bytes| blocks("a maximum size", bytes))?;
         if size < min {
             let message =
