@@ -67,6 +67,8 @@ impl std::fmt::Debug for Command {
 pub(crate) struct Resize {
     pub(crate) id: VssdId,
     pub(crate) ranges: Vec<BlockRange>,
+    /// Unplug: leave alone what holds data.
+    pub(crate) empty_only: bool,
     pub(crate) done: ResizeDone,
 }
 
@@ -309,7 +311,7 @@ impl Keeper {
         let mut going: BTreeMap<VssdId, u32> = BTreeMap::new();
         let mut steps = Vec::new();
         let mut answers = Vec::new();
-        for Resize { id, ranges, done } in group {
+        for Resize { id, ranges, empty_only, done } in group {
             let vssd = match self.find(id) {
                 Ok(vssd) => vssd,
                 Err(error) => {
@@ -319,8 +321,8 @@ impl Keeper {
             };
             let going = going.entry(id).or_default();
             let min = vssd.attrs().min_blocks;
-            let statuses =
-                ranges.into_iter().map(|range| choose_unplug(&vssd, range, min, going, &mut steps)).collect();
+            let mut choose = |range| choose_unplug(&vssd, range, empty_only, min, going, &mut steps);
+            let statuses = ranges.into_iter().map(&mut choose).collect();
             answers.push((done, statuses));
         }
         let result = self.unplug_steps(&steps);
@@ -382,7 +384,7 @@ impl Keeper {
         let mut promises: Vec<_> = self.core.vssds().iter().map(|vssd| (vssd.id(), vssd.promise())).collect();
         let mut steps = Vec::new();
         let mut answers = Vec::new();
-        for (Resize { id, ranges, done }, limit) in group {
+        for (Resize { id, ranges, done, .. }, limit) in group {
             let vssd = match self.find(id) {
                 Ok(vssd) => vssd,
                 Err(error) => {
@@ -509,10 +511,16 @@ fn unfence(step: &Step) {
     }
 }
 
+fn holds_data(step: &Step) -> bool {
+    let mut blocks = (step.start..step.start + step.count).map(BlockIndex);
+    blocks.any(|block| step.vssd.map().get(block).physical().is_some())
+}
+
 /// Decides on one range of an unplug and fences what it will take.
 fn choose_unplug(
     vssd: &Arc<Vssd>,
     range: BlockRange,
+    empty_only: bool,
     min_blocks: u32,
     going: &mut u32,
     steps: &mut Vec<Step>,
@@ -530,13 +538,19 @@ fn choose_unplug(
     if vssd.plugged_blocks().saturating_sub(*going).saturating_sub(count) < min_blocks {
         return RangeStatus::Protected;
     }
-    *going += count;
     // Steps are made of exactly the blocks that go, so that their sum is what the vSSD loses.
+    let first = steps.len();
     for_runs(range, goes, |start, count| {
         let step = Step { vssd: Arc::clone(vssd), start, count };
         fence(&step);
         steps.push(step);
     });
+    // Looked at behind the fence, where no block gets its first data any more.
+    if empty_only && steps[first..].iter().any(holds_data) {
+        steps.drain(first..).for_each(|step| unfence(&step));
+        return RangeStatus::Busy;
+    }
+    *going += count;
     RangeStatus::Ok
 }
 

@@ -375,20 +375,26 @@ impl Pool {
     /// Takes ranges from a vSSD: fences new I/O, waits for what is in flight, makes it durable, then calls
     /// `done`; the blocks are zeroed afterwards and only then lent again.
     pub fn unplug(&self, id: VssdId, ranges: Vec<BlockRange>, done: ResizeDone) {
-        self.post(Command::Unplug(Resize { id, ranges, done }));
+        self.post(Command::Unplug(Resize { id, ranges, empty_only: false, done }));
+    }
+
+    /// [`Pool::unplug`] of ranges in which no block holds data; one in which a block does is
+    /// [`RangeStatus::Busy`] and unchanged, even if it got the data just before.
+    pub fn unplug_empty(&self, id: VssdId, ranges: Vec<BlockRange>, done: ResizeDone) {
+        self.post(Command::Unplug(Resize { id, ranges, empty_only: true, done }));
     }
 
     /// Gives ranges to a vSSD, never so that it holds more than `limit_blocks`; they read as zeroes. Durable
     /// before `done` is called.
     pub fn plug(&self, id: VssdId, ranges: Vec<BlockRange>, limit_blocks: u32, done: ResizeDone) {
-        self.post(Command::Plug(Resize { id, ranges, done }, limit_blocks));
+        self.post(Command::Plug(Resize { id, ranges, empty_only: false, done }, limit_blocks));
     }
 
     /// [`Pool::unplug`] that waits. Not for the threads that run lanes: it waits for their batches to end.
     pub fn unplug_wait(&self, id: VssdId, ranges: Vec<BlockRange>) -> Result<Vec<RangeStatus>> {
         self.ask(|reply| {
             let done = Box::new(move |result| drop(reply.send(result)));
-            Command::Unplug(Resize { id, ranges, done })
+            Command::Unplug(Resize { id, ranges, empty_only: false, done })
         })
     }
 
@@ -401,7 +407,7 @@ impl Pool {
     ) -> Result<Vec<RangeStatus>> {
         self.ask(|reply| {
             let done = Box::new(move |result| drop(reply.send(result)));
-            Command::Plug(Resize { id, ranges, done }, limit_blocks)
+            Command::Plug(Resize { id, ranges, empty_only: false, done }, limit_blocks)
         })
     }
 

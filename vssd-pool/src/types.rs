@@ -261,6 +261,8 @@ pub enum RangeStatus {
     Already,
     /// Empty, or not within the vSSD.
     Range,
+    /// [`Pool::unplug_empty`](crate::Pool::unplug_empty): a block of it holds data.
+    Busy,
     /// Unplug: the vSSD would fall below its minimum.
     Protected,
     /// Plug: the vSSD would hold more than the caller's limit.

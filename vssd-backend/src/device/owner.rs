@@ -34,7 +34,7 @@ use crate::control::clock::Clock;
 use crate::control::events::EventLog;
 use crate::control::jobs::Jobs;
 use crate::control::negotiation::{
-    Actor, Counts, Effect, Event, Negotiation, News, OpId, Outcome, ReplyId, Resize, Setup,
+    Actor, Counts, Effect, Event, Negotiation, News, OpId, Outcome, Pick, ReplyId, Resize, Setup,
 };
 
 mod alarm;
@@ -378,7 +378,12 @@ impl Owner {
                     );
                 }
                 let done = self.completion(id, op, &picked.ranges, picked.with_data);
-                self.pool.unplug(id, picked.ranges, done);
+                if pick == (Pick::Tail { data: false }) {
+                    // A guest may have written there since the choice was made.
+                    self.pool.unplug_empty(id, picked.ranges, done);
+                } else {
+                    self.pool.unplug(id, picked.ranges, done);
+                }
             }
             Effect::GiveBlocks { op, blocks, limit } => {
                 let ranges = pick::to_give(vssd, blocks);
@@ -542,6 +547,7 @@ fn range_status(status: vssd_pool::RangeStatus) -> guest::RangeStatus {
         Pool::Ok => guest::RangeStatus::Ok,
         Pool::Already => guest::RangeStatus::Already,
         Pool::Range => guest::RangeStatus::Range,
+        Pool::Busy => guest::RangeStatus::Busy,
         Pool::Protected => guest::RangeStatus::Protected,
         Pool::Limit => guest::RangeStatus::Limit,
         Pool::NoSpace => guest::RangeStatus::NoSpace,
