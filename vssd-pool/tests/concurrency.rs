@@ -2,6 +2,9 @@
 
 //! Many lanes, resizes and scrubbing at once, with the real threads.
 
+// A panic is how a test reports; sizes are small.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 mod common;
 
 use std::sync::Arc;
@@ -11,6 +14,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use vssd_pool::store::fault::Sim;
 use vssd_pool::{
     BlockRange, BlockSize, CreateOptions, IoError, MediumKind, MediumSpec, OpenOptions, Pool, RangeStatus,
     Submitted, Vssd,
@@ -271,4 +275,108 @@ fn lane_dropped_with_requests_in_flight_leaves_no_trace() {
     }
     // More lanes than there are slots came and went, and a grace period still ends.
     assert_eq!(pool.unplug_wait(vssd.id(), vec![BlockRange::new(0, 256)]).unwrap(), [RangeStatus::Ok]);
+}
+
+/// What one worker was told is durable: at which moment, and each block's generation.
+type Flushed = Vec<(usize, Vec<u64>)>;
+
+fn write_and_flush(
+    pool: &Arc<Pool>,
+    sim: &Sim,
+    worker: u64,
+    blocks: u32,
+    seed: u64,
+    stop: &AtomicBool,
+) -> Flushed {
+    let mut rng = StdRng::seed_from_u64(seed + worker);
+    let vssd = pool.vssd_by_name(&format!("worker {worker}")).unwrap();
+    let mut io = Io::new(pool);
+    let mut generations = vec![0; blocks as usize];
+    let mut flushed = vec![(0, generations.clone())];
+    while !stop.load(Ordering::Relaxed) {
+        for _ in 0..rng.random_range(1..8) {
+            let block = rng.random_range(0..blocks);
+            generations[block as usize] += 1;
+            let tag = worker << 48 | u64::from(block) << 32 | generations[block as usize];
+            io.write(&vssd, u64::from(block) * B, &tag.to_le_bytes().repeat(B as usize / 8)).unwrap();
+        }
+        io.flush(&vssd).unwrap();
+        flushed.push((sim.now(), generations.clone()));
+    }
+    flushed
+}
+
+/// The power is cut while workers write and flush, and blocks go round between vSSDs: checkpoints, scrubbing, plugging
+/// and first writes overlap as they do in life.
+#[test]
+fn power_cut_under_concurrent_load_loses_nothing_flushed() {
+    const BLOCKS: u32 = 24;
+    let seed = std::env::var("CRASH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(7);
+    let sim = Sim::new(&[(MediumKind::Nvram, 1_600_000 & !4095), (MediumKind::Ssd, (1 << 20) + 160 * 4096)]);
+    Pool::create_on(&create_options(), &sim.stores()).unwrap();
+    sim.record();
+    let pool = Pool::open_on(&open_options(true), sim.stores()).unwrap();
+    for worker in 1..3 {
+        pool.create_vssd(&spec(&format!("worker {worker}"), BLOCKS, BLOCKS)).unwrap();
+    }
+    let created = sim.now();
+    let churned = pool.create_vssd(&spec("churned", 100, 100)).unwrap();
+    let stop = AtomicBool::new(false);
+    let flushed: Vec<Flushed> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (1..3u64)
+            .map(|worker| {
+                let (pool, sim, stop) = (&pool, &sim, &stop);
+                scope.spawn(move || write_and_flush(pool, sim, worker, BLOCKS, seed, stop))
+            })
+            .collect();
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut io = Io::new(&pool);
+        while sim.now() < 8000 {
+            let range = BlockRange::new(rng.random_range(0..90), 10);
+            let (offset, len) = (u64::from(range.start) * B, 10 * B);
+            io.fill(&churned, offset, len, 0xcc).unwrap();
+            if rng.random() {
+                io.discard(&churned, offset, len).unwrap();
+            } else {
+                pool.unplug_wait(churned.id(), vec![range]).unwrap();
+                pool.plug_wait(churned.id(), vec![range], 100).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+    });
+    let end = sim.now();
+    let mut replay = sim.replay();
+    assert!(pool.info().checkpoints > 3, "{:?}", pool.info());
+    drop(pool);
+
+    let mut rng = StdRng::seed_from_u64(seed ^ 0xc0ffee);
+    let mut moments: Vec<usize> = (0..250).map(|_| rng.random_range(created..=end)).collect();
+    moments.sort_unstable();
+    for (i, moment) in moments.into_iter().enumerate() {
+        let context = format!("seed {seed}, cut {i} after {moment} of {end} events");
+        replay.advance(moment);
+        let bias = [0.0, 1.0, 0.5, 0.1, 0.9][i % 5];
+        let after = Sim::with_images(replay.crash(|| rng.random_bool(bias)));
+        let report =
+            Pool::check_on(after.stores(), true).unwrap_or_else(|error| panic!("{context}: {error}"));
+        assert!(report.is_clean(), "{context}: {:?}", report.findings);
+        let pool = Pool::open_on(&open_options(false), after.stores()).unwrap();
+        let mut io = Io::new(&pool);
+        for (worker, flushed) in (1u64..).zip(&flushed) {
+            let known =
+                flushed.iter().rfind(|(at, _)| *at <= moment).map(|(_, generations)| generations).unwrap();
+            let vssd = pool.vssd_by_name(&format!("worker {worker}")).unwrap();
+            for (block, &generation) in (0u64..).zip(known) {
+                let bytes = io.read_vec(&vssd, block * B, B).unwrap();
+                for word in bytes.chunks(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())) {
+                    let is_own = word >> 32 == worker << 16 | block && word & 0xffff_ffff >= generation;
+                    assert!(
+                        is_own || (word == 0 && generation == 0),
+                        "{context}: block {block} holds {word:#x}, flushed was {generation}"
+                    );
+                }
+            }
+        }
+    }
 }

@@ -7,6 +7,9 @@
 //! opened on what is left and compared with the model as of that moment. Failures name a seed; `CRASH_SEED=n`
 //! runs that one alone.
 
+// A panic is how a test reports; sizes are small.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 mod common;
 
 use std::collections::BTreeMap;

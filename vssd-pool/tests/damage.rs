@@ -2,6 +2,9 @@
 
 //! Damaged media: a clear error or recovery from the other copy, never a guess and never a panic.
 
+// A panic is how a test reports; sizes are small.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
 mod common;
 
 use std::sync::Arc;

@@ -58,7 +58,7 @@ pub(super) struct Finished {
     pub(super) medium: MediumKind,
     /// Bytes written.
     pub(super) written: u64,
-    /// Of a flush: the writes it covers.
+    /// Of a flush, failed or not: the writes it was to cover.
     pub(super) flushed: Option<u64>,
     pub(super) result: Result<(), IoError>,
 }
@@ -339,7 +339,7 @@ impl Ring {
             request: part.request,
             medium: part.medium,
             written: 0,
-            flushed: None,
+            flushed: if let Kind::Flush(writes) = part.kind { Some(writes) } else { None },
             result: Ok(()),
         };
         match (part.kind, u64::try_from(result)) {
@@ -351,7 +351,7 @@ impl Ring {
                 finished.result =
                     Err(if -result == libc::ENOSPC { IoError::NoSpace } else { IoError::Io(-result) });
             }
-            (Kind::Flush(writes), Ok(_)) => finished.flushed = Some(writes),
+            (Kind::Flush(_), Ok(_)) => {}
             // Nothing more comes: the medium is shorter than it was.
             (Kind::Transfer(_), Ok(0)) => finished.result = Err(IoError::Io(libc::EIO)),
             (Kind::Transfer(direction), Ok(n)) => {
@@ -433,4 +433,137 @@ fn finish_transfer(part: &Part, direction: Direction) -> Result<(), IoError> {
         from += piece.iov_len;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    const LEN: usize = 64 << 10;
+
+    fn ring(file: &std::fs::File, align: u32) -> (Ring, std::os::fd::OwnedFd) {
+        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+        let target = RingTarget { fd: file.as_fd(), data: true, memory_align: align, offset_align: align };
+        (Ring::new([None, Some(target)], event.as_raw_fd()).unwrap(), event)
+    }
+
+    fn finish(ring: &mut Ring, parts: u32) -> Vec<Finished> {
+        let mut finished = Vec::new();
+        ring.submit();
+        while finished.len() < parts as usize {
+            assert!(ring.wait());
+            ring.reap(|part| finished.push(part));
+        }
+        assert_eq!(ring.in_flight(), 0);
+        finished
+    }
+
+    fn iov(memory: &mut [u8], piece: usize) -> Vec<libc::iovec> {
+        let pieces = memory.chunks_mut(piece);
+        pieces
+            .map(|piece| libc::iovec { iov_base: piece.as_mut_ptr().cast(), iov_len: piece.len() })
+            .collect()
+    }
+
+    fn transfer(
+        ring: &mut Ring,
+        offset: u64,
+        direction: Direction,
+        buffers: &[libc::iovec],
+    ) -> Vec<Finished> {
+        let len = iov::total_len(buffers).unwrap();
+        let mut parts = 0;
+        let place = (MediumKind::Ssd, offset, len);
+        ring.transfer(5, place, direction, &mut iov::Cursor::new(buffers), &mut parts).unwrap();
+        finish(ring, parts)
+    }
+
+    /// The kernel may do less than it was asked for; here it is asked for less than what is left, which looks
+    /// the same.
+    #[test]
+    fn short_transfers_are_continued() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let (mut ring, _event) = ring(&file, 1);
+        for longest in [1, 700, 4096, 5000] {
+            ring.longest = Some(longest);
+            let len = if longest == 1 { 300 } else { LEN };
+            let pattern: Vec<u8> = (0..len).map(|i| u8::try_from((i + 3) % 253).unwrap()).collect();
+            let mut memory = pattern.clone();
+            let written = transfer(&mut ring, 77, Direction::Write, &iov(&mut memory, 1000));
+            assert!(written.iter().all(|part| part.result == Ok(()) && part.request == 5));
+            assert_eq!(written.iter().map(|part| part.written).sum::<u64>(), len as u64);
+            let mut memory = vec![0; len];
+            let read = transfer(&mut ring, 77, Direction::Read, &iov(&mut memory, 900));
+            assert!(read.iter().all(|part| part.result == Ok(())));
+            assert!(memory == pattern, "at most {longest} bytes at a time");
+        }
+    }
+
+    #[test]
+    fn more_buffers_and_parts_than_the_kernel_takes_at_once_go_in_turns() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 << 20).unwrap();
+        let (mut ring, _event) = ring(&file, 1);
+        let mut memory: Vec<u8> = (0..LEN).map(|i| u8::try_from(i % 249).unwrap()).collect();
+        let expected = memory.clone();
+        assert!(transfer(&mut ring, 0, Direction::Write, &iov(&mut memory, 16)).len() > 1);
+        let mut parts = 0;
+        let mut copies: Vec<Vec<u8>> = (0..2000).map(|_| vec![0; 32]).collect();
+        for (i, copy) in (0u64..).zip(&mut copies) {
+            let buffers = iov(copy, 32);
+            let mut cursor = iov::Cursor::new(&buffers);
+            ring.transfer(1, (MediumKind::Ssd, i * 32, 32), Direction::Read, &mut cursor, &mut parts)
+                .unwrap();
+        }
+        assert_eq!(finish(&mut ring, parts).len(), 2000);
+        assert!(copies.concat() == expected[..2000 * 32]);
+    }
+
+    #[test]
+    fn unaligned_reads_go_around_and_unaligned_writes_are_refused() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        // As on a medium with sectors of 4 KiB.
+        let (mut ring, _event) = ring(&file, 4096);
+        let mut memory: Vec<u8> = (0..8192).map(|i| u8::try_from(i % 249).unwrap()).collect();
+        let expected = memory.clone();
+        let written = transfer(&mut ring, 4096, Direction::Write, &iov(&mut memory, 100));
+        assert!(written.iter().all(|part| part.result == Ok(())));
+        let mut memory = vec![0; 3000];
+        transfer(&mut ring, 4096 + 1536, Direction::Read, &iov(&mut memory, 700));
+        assert!(memory == expected[1536..4536]);
+        let buffers = iov(&mut memory, 3000);
+        let mut parts = 0;
+        let place = (MediumKind::Ssd, 512, 3000);
+        let refused = ring.transfer(5, place, Direction::Write, &mut iov::Cursor::new(&buffers), &mut parts);
+        assert_eq!((refused, parts), (Err(IoError::OutOfRange), 0));
+    }
+
+    #[test]
+    fn reading_past_the_end_of_a_truncated_file_is_an_error() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let (mut ring, _event) = ring(&file, 1);
+        let mut memory = vec![0; 4096];
+        let read = transfer(&mut ring, 2048, Direction::Read, &iov(&mut memory, 4096));
+        assert_eq!(read[0].result, Err(IoError::Io(libc::EIO)));
+    }
+
+    #[test]
+    fn failed_flush_is_reported_as_a_flush() {
+        let file = tempfile::tempfile().unwrap();
+        let (mut good, _event) = ring(&file, 1);
+        good.flush(9, MediumKind::Ssd, 42);
+        let flushed = finish(&mut good, 1);
+        assert_eq!((flushed[0].flushed, flushed[0].result, flushed[0].request), (Some(42), Ok(()), 9));
+        // A pipe cannot be flushed.
+        let (_read, write) = std::io::pipe().unwrap();
+        let (mut bad, _event) = ring(&std::fs::File::from(std::os::fd::OwnedFd::from(write)), 1);
+        bad.flush(9, MediumKind::Ssd, 42);
+        let flushed = finish(&mut bad, 1);
+        assert_eq!((flushed[0].flushed, flushed[0].result), (Some(42), Err(IoError::Io(libc::EINVAL))));
+    }
 }
