@@ -2,7 +2,7 @@
 /*
  * Private definitions of the vSSD driver.
  *
- *	vssd_main.c	binding, probe and remove, suspend and resume, the watchdog over dead devices
+ *	vssd_main.c	binding, probe and remove, suspend, the watchdog over dead devices
  *	vssd_blk.c	data path: requests of the block layer to the virtqueues and back
  *	vssd_chan.c	guest channel: a message to the device and its checked answer
  *	vssd_blocks.c	which blocks are plugged, fenced, written, used
@@ -35,8 +35,8 @@
 
 #define VSSD_DRIVER_VERSION	"0.1.0"
 
-/* What a device may claim at most: 4 TiB in the smallest blocks, 384 MiB of bitmaps. */
-#define VSSD_MAX_BLOCKS		(1U << 30)
+/* What a device may claim at most: 4 TiB in the smallest blocks, 640 MiB of bitmaps. */
+#define VSSD_MAX_BLOCKS		BIT(30)
 
 /* Most ranges of a DISCARD; the rest of it takes another round trip. */
 #define VSSD_MAX_DISCARD_RANGES	16
@@ -57,7 +57,7 @@ struct vssd_vq {
 	struct virtqueue *vq;
 	spinlock_t lock;		/* of the ring and of all below */
 	unsigned int parity;		/* under which requests count that enter from now on */
-	unsigned int inflight[2];	/* block requests in the ring, by parity: vssd_blk_drain() */
+	unsigned int inflight[2];	/* block requests in the ring: vssd_blk_drain() */
 	bool closed;			/* the device was reset: the ring is not looked at */
 	struct list_head parked;	/* requests that wait for a fence to be lifted */
 	u64 completed;			/* block requests answered */
@@ -121,7 +121,7 @@ struct vssd_blocks {
 
 /* Hints, see vssd_hints.c. */
 struct vssd_hints {
-	struct mutex lock;
+	struct mutex lock;		/* of all below */
 	u32 total;			/* blocks of the disk */
 	struct list_head chunks;	/* most expendable first */
 	struct list_head aside;		/* tried in this pass, but busy */
@@ -174,7 +174,7 @@ struct vssd_counters {
 	u64 unplugged_blocks;
 	u64 plug_ranges;
 	u64 plugged_blocks;
-	u64 busy_ranges;		/* not sent as they were: pages in use, or written meanwhile */
+	u64 busy_ranges;		/* not sent as they were: in use, or written */
 	u64 refused_ranges;		/* by the device */
 };
 

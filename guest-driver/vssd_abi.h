@@ -2,9 +2,9 @@
 /*
  * vSSD guest channel: the contract between a vSSD and the driver in its guest.
  *
- * A vSSD is a virtio block device that can shrink and grow while it is in use. Its space is counted
- * in blocks of a fixed size. Every block is either plugged (it can be read and written) or unplugged
- * (the device refuses reads and writes of it). The device has:
+ * A vSSD is a virtio block device that can shrink and grow while it is in use. Its space is
+ * counted in blocks of a fixed size. Every block is either plugged (it can be read and written)
+ * or unplugged (the device refuses reads and writes of it). The device has:
  *
  *   total_blocks      the address space; never changes during a session
  *   requested_blocks  how many blocks the host would like to be plugged; changes at any time
@@ -12,11 +12,12 @@
  *                     when the host takes blocks by force (its policy permitting)
  *
  * While plugged_blocks is above requested_blocks the driver is asked to choose blocks it can do
- * without and to unplug them, in any order and from any place. While it is below, the driver may plug
- * blocks. The driver need not reach the requested size: it may DECLINE.
+ * without and to unplug them, in any order and from any place. While it is below, the driver may
+ * plug blocks. The driver need not reach the requested size: it may DECLINE.
  *
- * The channel uses request types that virtio-blk does not define, on the device's ordinary request
- * queues. A device that is no vSSD answers them with VIRTIO_BLK_S_UNSUPP. Each request is one chain:
+ * The channel uses request types that virtio-blk does not define, on the device's ordinary
+ * request queues. A device that is no vSSD answers them with VIRTIO_BLK_S_UNSUPP. Each request is
+ * one chain:
  *
  *   device-readable:  struct virtio_blk_outhdr { type = VSSD_T_*, ioprio = 0, sector = 0 }
  *                     struct vssd_<type>_req, followed for UNPLUG and PLUG by `count` ranges
@@ -24,8 +25,9 @@
  *                     `count` bytes of range status
  *                     u8 status (VIRTIO_BLK_S_*)
  *
- * The status byte is VIRTIO_BLK_S_OK when the response is valid, VIRTIO_BLK_S_IOERR when the chain was
- * malformed (nothing happened), VIRTIO_BLK_S_UNSUPP when the device does not know the type.
+ * The status byte is VIRTIO_BLK_S_OK when the response is valid, VIRTIO_BLK_S_IOERR when the
+ * chain was malformed (nothing happened), VIRTIO_BLK_S_UNSUPP when the device does not know the
+ * type.
  *
  * Deliberate differences from virtio-mem:
  *   - Contents and plugged blocks survive a device reset and a system reset.
@@ -52,25 +54,25 @@
 #define VSSD_T_PULL			0x56530007
 
 /* Status bytes of ordinary reads and writes that virtio-blk does not define. */
-#define VSSD_S_EVICTED			0x80	/* the request touches an unplugged block; nothing was done */
-#define VSSD_S_NOSPACE			0x81	/* the pool has no space behind the block; nothing was written */
+#define VSSD_S_EVICTED			0x80	/* touches an unplugged block; nothing was done */
+#define VSSD_S_NOSPACE			0x81	/* no space in the pool; nothing was written */
 
 /* vssd_resp.result */
 #define VSSD_RES_OK			0
-#define VSSD_RES_STALE			1	/* the epoch is not that of the session: send HELLO, nothing was done */
-#define VSSD_RES_NO_NEWS		2	/* WAIT: nothing changed (queue stopping, or superseded by a newer WAIT) */
+#define VSSD_RES_STALE			1	/* not the epoch of the session; nothing was done */
+#define VSSD_RES_NO_NEWS		2	/* WAIT: queue stops, or a newer WAIT came */
 #define VSSD_RES_BUSY			3	/* cannot now, send again later; nothing was done */
 #define VSSD_RES_INVALID		4	/* a field is out of bounds; nothing was done */
-#define VSSD_RES_VERSION		5	/* HELLO: version not spoken; `version` says which is */
+#define VSSD_RES_VERSION		5	/* HELLO: not spoken; `version` says which is */
 
 /* Range status, a byte for each range of UNPLUG and PLUG. */
-#define VSSD_R_OK			0	/* every block of the range is now in the wanted state */
-#define VSSD_R_ALREADY			1	/* every block of the range was in the wanted state before */
-#define VSSD_R_BUSY			2	/* not now; the range is unchanged */
+#define VSSD_R_OK			0	/* every block is now in the wanted state */
+#define VSSD_R_ALREADY			1	/* every block was in the wanted state before */
+#define VSSD_R_BUSY			2	/* not now; unchanged */
 #define VSSD_R_RANGE			3	/* empty or outside the device; no effect */
-#define VSSD_R_PROTECTED		4	/* the host forbids it (below the minimum size); the range is unchanged */
-#define VSSD_R_LIMIT			5	/* PLUG: would exceed requested_blocks; the range is unchanged */
-#define VSSD_R_NOSPACE			6	/* PLUG: the pool has no space for it; the range is unchanged */
+#define VSSD_R_PROTECTED		4	/* would fall below min_blocks; unchanged */
+#define VSSD_R_LIMIT			5	/* PLUG: would exceed requested_blocks; unchanged */
+#define VSSD_R_NOSPACE			6	/* PLUG: no space in the pool; unchanged */
 
 /* Most ranges in one UNPLUG or PLUG; the device may report less in HELLO, never below 4096. */
 #define VSSD_MAX_RANGES			16384
@@ -83,8 +85,8 @@
 #define VSSD_REASON_PULL		3	/* an answer to PULL */
 
 /* vssd_wait_resp.flags */
-#define VSSD_NEWS_STATE			0x1	/* the host changed the plugged set: read it again with STATE */
-#define VSSD_NEWS_TARGET		0x2	/* requested_blocks, deadline_ms or reason changed */
+#define VSSD_NEWS_STATE			0x1	/* the host changed the plugged set: read STATE */
+#define VSSD_NEWS_TARGET		0x2	/* requested_blocks, deadline or reason changed */
 
 /* vssd_decline_req.reason */
 #define VSSD_DECLINE_NOTHING		1	/* no block can be given up */
@@ -120,7 +122,8 @@ struct vssd_resp {
 };
 
 /*
- * HELLO begins a session and ends the one before it: from then on only the new epoch counts. 48 bytes.
+ * HELLO begins a session and ends the one before it: from then on only the new epoch counts.
+ * 48 bytes.
  */
 struct vssd_hello_req {
 	__le32 magic;			/* VSSD_MAGIC */
@@ -140,13 +143,13 @@ struct vssd_hello_resp {
 	__le64 epoch;			/* random, never 0, new at each HELLO */
 	__le32 block_size;		/* bytes, a power of two from 4 KiB to 2 MiB */
 	__le32 total_blocks;
-	__le32 min_blocks;		/* the host never asks for less; UNPLUG below it is PROTECTED */
+	__le32 min_blocks;		/* never asked for less; UNPLUG below is PROTECTED */
 	__le32 max_ranges;		/* in one UNPLUG or PLUG */
 	__u8 name[VSSD_NAME_LEN];	/* the vSSD's name, NUL-padded UTF-8 */
 };
 
 /* vssd_state_req.req.flags */
-#define VSSD_STATE_F_EMPTY		0x1	/* list only plugged blocks that hold no data (they read as zeroes) */
+#define VSSD_STATE_F_EMPTY		0x1	/* only plugged blocks that hold no data */
 
 /* STATE reads the plugged set from block `start` on, in ascending order. 24 bytes. */
 struct vssd_state_req {
@@ -168,7 +171,7 @@ struct vssd_state_resp {
  */
 struct vssd_wait_req {
 	struct vssd_req req;
-	__le64 seq_seen;		/* resp.seq of the newest news the driver knows; 0 at first */
+	__le64 seq_seen;		/* newest resp.seq the driver acted on; 0 at first */
 };
 
 /* 40 bytes. Level-triggered: the newest state, whatever happened in between. */

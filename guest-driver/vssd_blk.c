@@ -2,25 +2,25 @@
 /*
  * Data path: requests of the block layer to the virtqueues and back.
  *
- * As in virtio_blk each virtqueue is a hardware queue. All that a request needs lives in its pdu, the
- * scatterlist included. New is the gate: under the lock of the queue, right before a request enters
- * the ring, the states of its blocks are looked up.
+ * As in virtio_blk each virtqueue is a hardware queue. All that a request needs lives in its pdu,
+ * the scatterlist included. New is the gate: under the lock of the queue, right before a request
+ * enters the ring, the states of its blocks are looked up.
  *
  *	all plugged	it enters the ring
  *	one evicted	it fails: ENODATA for reads, ENOSPC for writes
  *	one fenced	it is parked, and looked at again when the fence is lifted
  *
- * Because the look-up, the ring and the count of requests in flight share a lock, whoever raises a
- * fence visits each queue once to be sure that no request slips past, and then waits for the requests
- * of one parity to be sure that none is in flight (vssd_blk_drain()). The queue is never frozen: I/O to
- * other blocks goes on.
+ * Because the look-up, the ring and the count of requests in flight share a lock, whoever raises
+ * a fence visits each queue once to be sure that no request slips past, and then waits for the
+ * requests of one parity to be sure that none is in flight (vssd_blk_drain()). The queue is never
+ * frozen: I/O to other blocks goes on.
  *
  * The block layer merges what different submitters sent. They shall not pay for each other, so a
- * request is failed, parked or sent by leading bios: vssd_pdu.bytes says how much of it is under way,
- * and the rest comes back through the requeue list.
+ * request is failed, parked or sent by leading bios: vssd_pdu.bytes says how much of it is under
+ * way, and the rest comes back through the requeue list.
  *
- * DISCARD skips evicted blocks, which hold nothing to discard. WRITE_ZEROES promises that zeroes can be
- * read afterwards, and fails like a write.
+ * DISCARD skips evicted blocks, which hold nothing to discard. WRITE_ZEROES promises that zeroes
+ * can be read afterwards, and fails like a write.
  */
 #include <linux/blkdev.h>
 #include <linux/virtio_config.h>
@@ -285,8 +285,8 @@ static void vssd_end_bytes(struct request *req, blk_status_t status, unsigned in
 }
 
 /*
- * Ends the leading @bytes of a request as touching an evicted block. That is an answer and no fault of
- * the disk: the kernel log does not hear of it.
+ * Ends the leading @bytes of a request as touching an evicted block. That is an answer and no
+ * fault of the disk: the kernel log does not hear of it.
  */
 static void vssd_end_evicted(struct vssd *vssd, struct request *req, unsigned int bytes)
 {
@@ -477,7 +477,8 @@ static void vssd_vq_done(struct virtqueue *virtqueue)
  * @vssd: the disk
  *
  * After it every request that entered a ring before the call is answered, and every request that
- * enters after it was looked at by the gate after the call. Requests of other blocks go on meanwhile.
+ * enters after it was looked at by the gate after the call. Requests of other blocks go on
+ * meanwhile.
  *
  * Context: work item.
  * Return: 0, or -EINTR when the device stops first.
@@ -701,8 +702,8 @@ static u8 vssd_config8(struct virtio_device *vdev, unsigned int feature, unsigne
 #define VSSD_CONFIG(field)	offsetof(struct virtio_blk_config, field)
 
 /*
- * Reads what the device can take. It may leave out or claim anything: each value has a fallback and a
- * bound.
+ * Reads what the device can take. It may leave out or claim anything: each value has a fallback
+ * and a bound.
  */
 static int vssd_read_limits(struct vssd *vssd, struct vssd_limits *lim)
 {
@@ -728,7 +729,8 @@ static int vssd_read_limits(struct vssd *vssd, struct vssd_limits *lim)
 						VSSD_CONFIG(seg_max), 1),
 				  1U, VSSD_MAX_SEGMENTS);
 	max = vssd_config32(vdev, VIRTIO_BLK_F_SIZE_MAX, VSSD_CONFIG(size_max), U32_MAX);
-	lim->max_segment_size = max_t(u32, PAGE_SIZE, min_t(size_t, virtio_max_dma_size(vdev), max));
+	max = min_t(size_t, virtio_max_dma_size(vdev), max);
+	lim->max_segment_size = max_t(u32, PAGE_SIZE, max);
 	lim->write_cache = virtio_has_feature(vdev, VIRTIO_BLK_F_FLUSH);
 
 	/* A request counts its bytes in 32 bits; whole blocks suit the device. */

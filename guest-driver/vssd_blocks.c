@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0 OR MIT
 /*
- * Block states: which blocks are plugged, fenced or evicted, which were written and when they were last
- * used; and the order in which the driver gives blocks up when nobody tells it.
+ * Block states: which blocks are plugged, fenced or evicted, which were written and when they
+ * were last used; and the order in which the driver gives blocks up when nobody tells it.
  *
- * Memory: three bits a block (24 KiB for 4 GiB in blocks of 64 KiB), and two bytes a block more once
- * `nominate` was set to `cold`.
+ * Memory: three bits a block (24 KiB for 4 GiB in blocks of 64 KiB), and two bytes a block more
+ * once `nominate` was set to `cold`.
  *
  * The stamps count seconds. Ages above 32767 seconds (nine hours) are not told apart, and
  * vssd_blocks_age() pulls older stamps along before they wrap.
@@ -317,7 +317,7 @@ u32 vssd_blocks_coldest(struct vssd_blocks *blocks, u32 need, const unsigned lon
 		if (!test_bit(i, blocks->blocked) && !test_bit(i, skip))
 			ages[vssd_stamp_age(now, READ_ONCE(stamps[i]))]++;
 
-	/* The youngest age that is needed. All of the older blocks go, and of these what is missing. */
+	/* The youngest age needed. All older blocks go, and of this age what is missing. */
 	for (bound = VSSD_STAMP_OLDEST; bound > 0; bound--) {
 		if (older + ages[bound] >= need)
 			break;

@@ -2,15 +2,15 @@
 /*
  * Page cache over a range of blocks.
  *
- * A cached page over an evicted block would be read as if the block were there, and a dirty one would be
- * lost without a word. So a range is cleaned in two steps.
+ * A cached page over an evicted block would be read as if the block were there, and a dirty one
+ * would be lost without a word. So a range is cleaned in two steps.
  *
- *	vssd_cache_clean()	before the fence is raised: writes back and drops. It may wait for I/O.
+ *	vssd_cache_clean()	before the fence is raised: writes back, drops, waits for I/O
  *	vssd_cache_drop()	behind the fence: drops what came back meanwhile, and tells whether
  *				something is left.
  *
- * Behind the fence nothing may wait for a page. Its lock may be held by a reader, and its writeback bit
- * may be set by a writer, whose request is parked until the fence is lifted.
+ * Behind the fence nothing may wait for a page. Its lock may be held by a reader, and its
+ * writeback bit may be set by a writer, whose request is parked until the fence is lifted.
  *
  * Each partition has a page cache of its own.
  */

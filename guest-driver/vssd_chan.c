@@ -2,8 +2,8 @@
 /*
  * Guest channel: messages of vssd_abi.h on the first virtqueue, beside block requests.
  *
- * This file knows the wire and nothing of what the messages are for. It checks all that the device says
- * and turns its results into an errno, once, here:
+ * This file knows the wire and nothing of what the messages are for. It checks all that the
+ * device says and turns its results into an errno, once, here:
  *
  *	-ESTALE		the session is over, HELLO comes next
  *	-ETXTBSY	the device is busy, again later
@@ -14,10 +14,10 @@
  *	-EINTR		the driver is being stopped, or the device was reset: no answer will come
  *	-ETIMEDOUT	no answer while probing
  *
- * There is one sender at a time: probe, then the work item. It waits without a limit, even while the
- * driver is being stopped: a message under way may take effect at any time, so nothing can be said of its
- * blocks before it is back. Deadlines are the host's. When the device is dead, vssd_blk_kill() resets it
- * and brings the message back.
+ * There is one sender at a time: probe, then the work item. It waits without a limit, even while
+ * the driver is being stopped: a message under way may take effect at any time, so nothing can be
+ * said of its blocks before it is back. Deadlines are the host's. When the device is dead,
+ * vssd_blk_kill() resets it and brings the message back.
  */
 #include <linux/ctype.h>
 #include <linux/log2.h>
@@ -227,7 +227,7 @@ static int vssd_chan_take_geometry(struct vssd *vssd, const struct vssd_hello_re
 	if (total < vssd->blocks.total ||
 	    (vssd->blocks.total && block_size != vssd->block_size)) {
 		dev_err(&vssd->vdev->dev,
-			"HELLO: another disk: %u blocks of %u bytes, it was %u blocks of %u bytes\n",
+			"HELLO: %u blocks of %u bytes, but it was %u blocks of %u bytes\n",
 			total, block_size, vssd->blocks.total, vssd->block_size);
 		return -EPROTO;
 	}
@@ -243,8 +243,8 @@ static int vssd_chan_take_geometry(struct vssd *vssd, const struct vssd_hello_re
 
 /**
  * vssd_chan_hello - begin a session
- * @vssd: the disk. The block size is set at the first time and compared afterwards; the blocks may have
- *	become more since: vssd->hello_total.
+ * @vssd: the disk. Its block size is set at the first time and compared afterwards; its blocks may
+ *	have become more since: vssd->hello_total.
  * @news: the sizes
  */
 int vssd_chan_hello(struct vssd *vssd, struct vssd_news *news)

@@ -2,8 +2,8 @@
 /*
  * One spelling for what differs between kernels from 6.1 on.
  *
- * VSSD_HAVE_* come from conftest.sh, which tries what compiles: distributions carry features of newer
- * kernels, so a version number tells little.
+ * VSSD_HAVE_* come from conftest.sh, which tries what compiles: distributions carry features of
+ * newer kernels, so a version number tells little.
  */
 #ifndef _VSSD_COMPAT_H
 #define _VSSD_COMPAT_H
@@ -113,8 +113,8 @@ static inline int vssd_compat_map_sg(struct request *req, struct scatterlist *sg
 }
 
 /*
- * Waits for the requests in flight and holds new ones back, until vssd_compat_unfreeze(). In between
- * allocations do not wait for I/O: newer kernels see to that themselves.
+ * Waits for the requests in flight and holds new ones back, until vssd_compat_unfreeze(). In
+ * between allocations do not wait for I/O: newer kernels see to that themselves.
  */
 static inline unsigned int vssd_compat_freeze(struct request_queue *q)
 {

@@ -2,11 +2,12 @@
 /*
  * Hints: the queue of blocks that user space would rather lose, most expendable first.
  *
- * A block is in the queue once, at the place where it was named first: of a new line only the blocks
- * that are not queued yet are appended, so the queue cannot hold more entries than the disk has blocks.
- * The bit in @queued is set as long as a block is in the queue or in the hands of the work item, which
- * takes blocks from the front (vssd_hints_take()) and either is rid of them (vssd_hints_done()) or sets
- * them aside (vssd_hints_set_aside()) until its pass is over (vssd_hints_rewind()).
+ * A block is in the queue once, at the place where it was named first: of a new line only the
+ * blocks that are not queued yet are appended, so the queue cannot hold more entries than the
+ * disk has blocks. The bit in @queued is set as long as a block is in the queue or in the hands
+ * of the work item, which takes blocks from the front (vssd_hints_take()) and either is rid of
+ * them (vssd_hints_done()) or sets them aside (vssd_hints_set_aside()) until its pass is over
+ * (vssd_hints_rewind()).
  */
 #include <linux/bitmap.h>
 #include <linux/mm.h>
@@ -105,7 +106,8 @@ static int vssd_hints_append(struct list_head *list, u32 start, u32 count)
  *
  * Blocks that are queued already keep their place. Those that are evicted are ignored.
  *
- * Return: 0, -ERANGE when the range is empty or not inside the disk, -ENOMEM with a part of it queued.
+ * Return: 0, -ERANGE when the range is empty or not inside the disk, -ENOMEM with a part of it
+ * queued.
  */
 int vssd_hints_add(struct vssd_hints *hints, u32 start, u32 count,
 		   const struct vssd_blocks *blocks)

@@ -2,16 +2,17 @@
 /*
  * vSSD driver: binding, probe and remove, suspend and resume.
  *
- * A vSSD is a virtio block device. Nothing that the driver core can match tells it from an ordinary disk,
- * and a driver that declines in probe leaves VIRTIO_CONFIG_S_FAILED behind, with which some hypervisors
- * never start the disk again. So the driver takes no disk that it was not told to take:
+ * A vSSD is a virtio block device. Nothing that the driver core can match tells it from an
+ * ordinary disk, and a driver that declines in probe leaves VIRTIO_CONFIG_S_FAILED behind, with
+ * which some hypervisors never start the disk again. So the driver takes no disk that it was not
+ * told to take:
  *
  *  - Its id table is empty. The core finds no match, at registration, for new devices, at a rescan:
  *    never, whether a disk is bound to virtio_blk or to nobody.
  *  - It brings its own `bind` and `unbind` in /sys/bus/virtio/drivers/vssd, in place of the core's,
  *    whose `bind` wants a match. They are used in the same way.
- *  - When probe refuses a device (HELLO is not answered), `bind` resets it and acknowledges it again, as
- *    it was when it was found. virtio_blk can take it.
+ *  - When probe refuses a device (HELLO is not answered), `bind` resets it and acknowledges it
+ *    again, as it was when it was found. virtio_blk can take it.
  */
 #include <linux/blkdev.h>
 #include <linux/idr.h>
@@ -29,7 +30,7 @@
 static unsigned int remove_timeout = 15;
 module_param(remove_timeout, uint, 0644);
 MODULE_PARM_DESC(remove_timeout,
-		 "Seconds that a disk being removed may leave requests unanswered before they are failed");
+		 "Seconds without an answer after which a disk being removed fails its I/O");
 
 static DEFINE_IDA(vssd_ida);
 
@@ -55,9 +56,9 @@ void vssd_free(struct vssd *vssd)
 /* ---- watchdog of remove ---- */
 
 /*
- * A backend that is gone may come back, so requests wait for it without a limit. But a disk that is being
- * removed must not keep its remover forever: when it answers nothing for remove_timeout, the device is
- * reset and what it holds fails.
+ * A backend that is gone may come back, so requests wait for it without a limit. But a disk that
+ * is being removed must not keep its remover forever: when it answers nothing for remove_timeout,
+ * the device is reset and what it holds fails.
  */
 static void vssd_watchdog(struct work_struct *work)
 {

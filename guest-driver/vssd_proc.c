@@ -2,10 +2,10 @@
 /*
  * /proc/vssd. The files are described in Documentation/ABI/testing/procfs-vssd.
  *
- * proc_remove() waits for calls that are under way and lets none in afterwards, so no file here can
- * reach a disk that is gone. Only a poll can outlast it: who sleeps in poll(2) hangs on a wait queue
- * without being inside a call. So there is one wait queue for all disks, and it is the module that
- * outlives the sleepers, in vssd_proc_exit().
+ * proc_remove() waits for calls that are under way and lets none in afterwards, so no file here
+ * can reach a disk that is gone. Only a poll can outlast it: who sleeps in poll(2) hangs on a
+ * wait queue without being inside a call. So there is one wait queue for all disks, and it is the
+ * module that outlives the sleepers, in vssd_proc_exit().
  */
 #include <linux/bitmap.h>
 #include <linux/blkdev.h>
@@ -89,7 +89,7 @@ static int vssd_request_show(struct seq_file *m, void *v)
 
 	/* Seen first: what changes while it is read is news again. */
 	WRITE_ONCE(f->seen, READ_ONCE(vssd->news_count));
-	smp_rmb();
+	smp_rmb();	/* pairs with vssd_proc_notify() */
 	requested = READ_ONCE(vssd->requested);
 	plugged = vssd_plugged(vssd);
 	seq_printf(m, "seq %llu\n", READ_ONCE(vssd->seq_heard));
@@ -254,7 +254,7 @@ struct vssd_hints_file {
 	struct vssd *vssd;
 	struct mutex lock;		/* of what a write parses */
 	size_t len;			/* of an incomplete line */
-	char line[VSSD_LINE_SIZE];
+	char line[VSSD_LINE_SIZE + 1];
 	char chunk[SZ_1K];
 	struct vssd_span span;		/* being read */
 };
@@ -329,8 +329,8 @@ static int vssd_hints_line(struct vssd *vssd, char *line)
 }
 
 /*
- * Takes a piece of the stream. *@good is how much of it ended with a line in force. After an error the
- * rest of the line is forgotten.
+ * Takes a piece of the stream. *@good is how much of it ended with a line in force. After an
+ * error the rest of the line is forgotten.
  */
 static int vssd_hints_feed(struct vssd_hints_file *f, const char *piece, size_t size, size_t *good)
 {
@@ -338,19 +338,20 @@ static int vssd_hints_feed(struct vssd_hints_file *f, const char *piece, size_t 
 	int err;
 
 	for (i = 0; i < size; i++) {
-		if (piece[i] == '\n') {
-			f->line[f->len] = '\0';
-			f->len = 0;
-			err = vssd_hints_line(f->vssd, f->line);
-			if (err)
-				return err;
-			*good = i + 1;
-		} else if (!piece[i] || f->len == sizeof(f->line) - 1) {
+		if (!piece[i] || (f->len == VSSD_LINE_SIZE && piece[i] != '\n')) {
 			f->len = 0;
 			return -EINVAL;
-		} else {
-			f->line[f->len++] = piece[i];
 		}
+		if (piece[i] != '\n') {
+			f->line[f->len++] = piece[i];
+			continue;
+		}
+		f->line[f->len] = '\0';
+		f->len = 0;
+		err = vssd_hints_line(f->vssd, f->line);
+		if (err)
+			return err;
+		*good = i + 1;
 	}
 	return 0;
 }
@@ -531,6 +532,8 @@ void vssd_proc_remove(struct vssd *vssd)
 
 void vssd_proc_notify(struct vssd *vssd)
 {
+	/* Who sees the count sees what it announces. */
+	smp_wmb();
 	WRITE_ONCE(vssd->news_count, vssd->news_count + 1);
 	wake_up_all(&vssd_news_wait);
 }
@@ -551,10 +554,11 @@ void vssd_proc_exit(void)
 {
 	proc_remove(vssd_proc_root);
 	/*
-	 * Nobody can begin to wait any more. POLLFREE takes epoll and its like off the queue at once;
-	 * who sleeps in poll(2) takes himself off when he wakes.
+	 * Nobody can begin to wait any more. POLLFREE takes epoll and its like off the queue at
+	 * once; who sleeps in poll(2) takes himself off when he wakes.
 	 */
 	wake_up_poll(&vssd_news_wait, EPOLLHUP | POLLFREE);
+	/* Nothing is awaited but the removal of entries: no barrier is needed. */
 	while (waitqueue_active(&vssd_news_wait)) {
 		wake_up_all(&vssd_news_wait);
 		msleep(20);

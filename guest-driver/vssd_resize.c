@@ -2,24 +2,24 @@
 /*
  * Convergence: the work item that brings plugged_blocks to requested_blocks.
  *
- * It is level-triggered. Whatever happened, each round asks the same questions: is there a session, is
- * there news, which way is the target? A pass over many blocks is given up at the next message when
- * there is news, so that a shrink ends as soon as the host no longer wants it.
+ * It is level-triggered. Whatever happened, each round asks the same questions: is there a
+ * session, is there news, which way is the target? A pass over many blocks is given up at the
+ * next message when there is news, so that a shrink ends as soon as the host no longer wants it.
  *
  * The way of a block that is given up:
  *
  *	clean	write back and drop its cached pages, I/O goes on
  *	fence	new I/O to it is parked
  *	drain	wait for the I/O in flight
- *	check	no page came back; if it was chosen as empty, nothing was written. Else lift the fence.
+ *	check	no page came back, nothing was written to one chosen as empty; else lift the fence
  *	UNPLUG	the device decides
  *	settle	evicted, or lift the fence. Parked I/O is looked at again.
  *
  * Local state changes only after the device answered. Between fence and settle nothing allocates
  * memory that could wait for this disk.
  *
- * Ends of a round, see vssd_resize_work(): done, again at once, again after a back-off that doubles, or
- * broken, when the device breaks the protocol. A broken device still does I/O.
+ * Ends of a round, see vssd_resize_work(): done, again at once, again after a back-off that
+ * doubles, or broken, when the device breaks the protocol. A broken device still does I/O.
  */
 #include <linux/bitmap.h>
 #include <linux/blkdev.h>
@@ -205,8 +205,8 @@ int vssd_resync(struct vssd *vssd)
  * @vssd: the disk; nothing is fenced
  * @total: blocks
  *
- * The tables are replaced under the feet of the data path, so here, and only here, the queue is frozen:
- * this happens once in the life of a disk, if at all.
+ * The tables are replaced under the feet of the data path, so here, and only here, the queue is
+ * frozen: this happens once in the life of a disk, if at all.
  *
  * Context: probe or work item.
  */
@@ -322,9 +322,9 @@ static int vssd_hear_news(struct vssd *vssd)
 /* ---- giving blocks up ---- */
 
 /*
- * Asks the device for blocks that hold no data: vssd->scratch. A write that is under way when the device
- * answers must not be missed, so all writes are noted from before the question on, and vssd_check()
- * looks again.
+ * Asks the device for blocks that hold no data: vssd->scratch. A write that is under way when the
+ * device answers must not be missed, so all writes are noted from before the question on, and
+ * vssd_check() looks again.
  */
 static int vssd_find_empty(struct vssd *vssd)
 {
@@ -353,8 +353,8 @@ static int vssd_find_empty(struct vssd *vssd)
 }
 
 /*
- * Chooses empty blocks, the highest first: the beginning of a disk is what is used first, and a driver
- * that does not know vSSDs can use it up to its highest plugged block.
+ * Chooses empty blocks, the highest first: the beginning of a disk is what is used first, and a
+ * driver that does not know vSSDs can use it up to its highest plugged block.
  */
 static int vssd_pick_empty(struct vssd *vssd, struct vssd_pass *pass, u32 need)
 {
@@ -398,7 +398,8 @@ static int vssd_pick_empty(struct vssd *vssd, struct vssd_pass *pass, u32 need)
 /*
  * Fills the batch with blocks of one stage, and goes to the next stage when one has no more.
  *
- * Return: number of spans, 0 at the end, -EINPROGRESS when an agent may still bring hints, or an error.
+ * Return: number of spans, 0 at the end, -EINPROGRESS when an agent may still bring hints, or an
+ * error.
  */
 static int vssd_pick(struct vssd *vssd, struct vssd_pass *pass, u32 need)
 {
@@ -457,8 +458,8 @@ static bool vssd_check(struct vssd *vssd, const struct vssd_pass *pass,
 }
 
 /*
- * Sorts the fenced batch: what may go is collected in vssd->unplug, of the rest the fence is lifted. A
- * span that may not go as a whole is looked at block by block.
+ * Sorts the fenced batch: what may go is collected in vssd->unplug, of the rest the fence is
+ * lifted. A span that may not go as a whole is looked at block by block.
  *
  * Return: number of spans in vssd->unplug.
  */
@@ -645,8 +646,8 @@ static int vssd_shrink(struct vssd *vssd)
 /*
  * Sends PLUG for the first @n spans of vssd->batch.
  *
- * Return: 0, -ENOSPC when the pool had no space for one, -ETXTBSY when one was refused for now, or an
- * error. *@granted counts the blocks that came all the same.
+ * Return: 0, -ENOSPC when the pool had no space for one, -ETXTBSY when one was refused for now,
+ * or an error. *@granted counts the blocks that came all the same.
  */
 static int vssd_plug(struct vssd *vssd, u32 n, u32 *granted)
 {
@@ -690,8 +691,8 @@ static int vssd_plug(struct vssd *vssd, u32 n, u32 *granted)
 }
 
 /*
- * Takes blocks, lowest first: neighbours make long ranges, and what is read ahead stays together. When
- * the pool is short of space, shorter and shorter ranges find out what it can still give.
+ * Takes blocks, lowest first: neighbours make long ranges, and what is read ahead stays together.
+ * When the pool is short of space, shorter and shorter ranges find out what it can still give.
  */
 static int vssd_grow(struct vssd *vssd)
 {
@@ -852,7 +853,7 @@ static void vssd_resize_work(struct work_struct *work)
 		break;
 	default:
 		dev_err(&vssd->vdev->dev,
-			"the device breaks the protocol (%d): no more resizing until it is bound again\n",
+			"the device breaks the protocol (%d): no resizing until bound again\n",
 			rc);
 		vssd_set_state(vssd, VSSD_BROKEN);
 		vssd_fail_pull(vssd, rc);

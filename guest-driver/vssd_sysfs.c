@@ -205,15 +205,19 @@ void vssd_notify(struct vssd *vssd)
  */
 void vssd_uevent(struct vssd *vssd, const char *event)
 {
-	char name[40], seq[40], requested[40], plugged[40], reason[40];
-	char *env[] = { name, seq, requested, plugged, reason, NULL };
+	char text[5][40];
+	char *env[ARRAY_SIZE(text) + 1];
+	int i;
 
 	if (!vssd->live)
 		return;
-	snprintf(name, sizeof(name), "VSSD_EVENT=%s", event);
-	snprintf(seq, sizeof(seq), "VSSD_SEQ=%llu", vssd->seq_heard);
-	snprintf(requested, sizeof(requested), "VSSD_REQUESTED_BLOCKS=%u", vssd->requested);
-	snprintf(plugged, sizeof(plugged), "VSSD_PLUGGED_BLOCKS=%u", vssd_plugged(vssd));
-	snprintf(reason, sizeof(reason), "VSSD_REASON=%s", vssd_reason_name(vssd));
+	snprintf(text[0], sizeof(text[0]), "VSSD_EVENT=%s", event);
+	snprintf(text[1], sizeof(text[1]), "VSSD_SEQ=%llu", vssd->seq_heard);
+	snprintf(text[2], sizeof(text[2]), "VSSD_REQUESTED_BLOCKS=%u", vssd->requested);
+	snprintf(text[3], sizeof(text[3]), "VSSD_PLUGGED_BLOCKS=%u", vssd_plugged(vssd));
+	snprintf(text[4], sizeof(text[4]), "VSSD_REASON=%s", vssd_reason_name(vssd));
+	for (i = 0; i < ARRAY_SIZE(text); i++)
+		env[i] = text[i];
+	env[i] = NULL;
 	kobject_uevent_env(&disk_to_dev(vssd->disk)->kobj, KOBJ_CHANGE, env);
 }
