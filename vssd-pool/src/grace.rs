@@ -158,6 +158,24 @@ mod tests {
     }
 
     #[test]
+    fn lane_that_loaded_the_epoch_long_ago_is_waited_for() {
+        let grace = Arc::new(Grace::new());
+        let slot = grace.register().unwrap();
+        // It loaded epoch 1, and was preempted until the epoch was 2.
+        grace.epoch.store(1, Ordering::Relaxed);
+        let parity = grace.enter(slot);
+        grace.epoch.store(2, Ordering::Relaxed);
+        let waiter = std::thread::spawn({
+            let grace = Arc::clone(&grace);
+            move || grace.synchronize(&AtomicBool::new(false))
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!waiter.is_finished());
+        grace.leave(slot, parity);
+        assert!(waiter.join().unwrap());
+    }
+
+    #[test]
     fn synchronize_gives_up_when_told() {
         let grace = Grace::new();
         let slot = grace.register().unwrap();
