@@ -24,12 +24,12 @@ use crate::vhost_user::frontends::{FrontendOptions, SocketSource, VhostUserFront
 use crate::vhost_user::worker::Workers;
 
 /// Serves until SIGTERM or SIGINT. A second signal ends the process at once.
-pub fn run(config: Config) -> Result<()> {
+pub fn run(config: &Config) -> Result<()> {
     let shutdown =
         eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")?;
     end_on_signals(shutdown.try_clone()?)?;
 
-    let (pool, source) = open(&config)?;
+    let (pool, source) = open(config)?;
     let workers = Workers::spawn(&pool, config.workers).context("cannot start the worker threads")?;
     let (owner, events, wake) = OwnerHandle::new().context("cannot make the owner's event queue")?;
     let options = FrontendOptions {

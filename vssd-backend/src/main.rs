@@ -39,7 +39,7 @@ fn main() -> ExitCode {
                     println!("the configuration is valid");
                     Ok(ExitCode::SUCCESS)
                 }
-                Ok(config) => serve(config),
+                Ok(config) => serve(&config),
                 Err(error) => return usage(error),
             }
         }
@@ -55,7 +55,7 @@ fn usage(error: ConfigError) -> ExitCode {
     ExitCode::from(USAGE)
 }
 
-fn serve(config: Config) -> Result<ExitCode> {
+fn serve(config: &Config) -> Result<ExitCode> {
     let filter = EnvFilter::try_new(&config.log_level)
         .with_context(|| format!("log level {:?} is not valid", config.log_level))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);

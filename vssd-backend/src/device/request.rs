@@ -240,7 +240,7 @@ mod tests {
         ) {
             let mut header = header;
             header[..4].copy_from_slice(&kind.to_le_bytes());
-            let ok = |e: Extent| e.len % 512 == 0 && e.offset.0 % 512 == 0 && e.offset.0 + e.len <= LIMITS.total_bytes;
+            let ok = |e: Extent| e.len.is_multiple_of(512) && e.offset.0.is_multiple_of(512) && e.offset.0 + e.len <= LIMITS.total_bytes;
             match parse(header, readable, writable, &LIMITS) {
                 Ok(Operation::Read(e)) => prop_assert!(ok(e) && e.len == u64::from(writable)),
                 Ok(Operation::Write(e)) => prop_assert!(ok(e) && e.len == u64::from(readable)),

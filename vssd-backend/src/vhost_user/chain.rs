@@ -66,7 +66,7 @@ impl Segments {
             let n = segment.iov_len.min(buf.len() - done);
             // SAFETY: `n` bytes are within the segment, which the caller says is mapped, and within `buf`.
             unsafe {
-                std::ptr::copy_nonoverlapping(segment.iov_base.cast::<u8>(), buf[done..].as_mut_ptr(), n)
+                std::ptr::copy_nonoverlapping(segment.iov_base.cast::<u8>(), buf[done..].as_mut_ptr(), n);
             };
             segment.iov_base = segment.iov_base.wrapping_byte_add(n);
             segment.iov_len -= n;
@@ -106,7 +106,7 @@ impl Segments {
             let n = segment.iov_len.min(bytes.len() - done);
             // SAFETY: `n` bytes are within the segment, which the caller says is mapped, and within `bytes`.
             unsafe {
-                std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), segment.iov_base.cast::<u8>(), n)
+                std::ptr::copy_nonoverlapping(bytes[done..].as_ptr(), segment.iov_base.cast::<u8>(), n);
             };
             done += n;
             if done == bytes.len() {

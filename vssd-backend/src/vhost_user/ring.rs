@@ -319,11 +319,13 @@ mod tests {
 
     fn offer(ring: &Ring, heads: &[u16]) {
         let idx = field(ring, AVAIL + 2).load(Ordering::Relaxed);
-        for (i, head) in heads.iter().enumerate() {
-            let slot = u64::from(idx.wrapping_add(i as u16) & (SIZE - 1));
+        let mut next = idx;
+        for head in heads {
+            let slot = u64::from(next & (SIZE - 1));
             field(ring, AVAIL + 4 + 2 * slot).store(*head, Ordering::Relaxed);
+            next = next.wrapping_add(1);
         }
-        field(ring, AVAIL + 2).store(idx.wrapping_add(heads.len() as u16), Ordering::Release);
+        field(ring, AVAIL + 2).store(next, Ordering::Release);
     }
 
     #[test]

@@ -108,7 +108,7 @@ pub fn serve(context: SessionContext, socket: UnixStream) {
     });
     match end {
         VhostError::Disconnected | VhostError::SocketBroken(_) => {
-            info!(device = name, "front-end disconnected")
+            info!(device = name, "front-end disconnected");
         }
         error => warn!(device = name, %error, "front-end connection ended"),
     }
