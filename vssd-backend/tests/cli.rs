@@ -3,6 +3,8 @@
 //! The daemon as a program: QEMU's back-end conventions, its configuration, its end, and media that are not what they
 //! should be.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
