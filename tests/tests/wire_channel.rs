@@ -411,7 +411,7 @@ fn each_range_stands_or_falls_by_itself_in_order() -> Result<()> {
     let statuses = ask(&mut driver, false, &ranges)?;
     ensure!(statuses == [Done, Already, Done, Range, Range, Range, Range, Range, Done], "{statuses:?}");
     ensure!(ask(&mut driver, false, &ranges[..3])? == [Already; 3]);
-    ensure!(ask(&mut driver, true, &[])? == [], "no ranges, no statuses");
+    ensure!(ask(&mut driver, true, &[])?.is_empty(), "no ranges, no statuses");
 
     // Not below the minimum: the range that would go below it stays, a smaller one after it goes (V-24).
     site.operator.limits("vm1", &json!({ "min_bytes": at(BLOCKS - 10) }))?;

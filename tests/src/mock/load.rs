@@ -302,7 +302,8 @@ impl Load {
         Ok(taken)
     }
 
-    fn collect_ready(&mut self) -> Result<usize> {
+    /// Takes the answers that are there.
+    pub fn collect_ready(&mut self) -> Result<usize> {
         let mut taken = 0;
         for queue in 0..self.queues.len() {
             while let Some(answer) = self.queues[queue].try_next()? {
@@ -311,6 +312,27 @@ impl Load {
             }
         }
         Ok(taken)
+    }
+
+    /// Writes all of the range and flushes it, so that every block has its place on the medium.
+    pub fn touch_all(&mut self) -> Result<()> {
+        self.drain()?;
+        self.queues[0].layout = Layout::Direct;
+        self.version += 1;
+        let version = self.version;
+        let mut at = self.profile.bytes.start;
+        while at < self.profile.bytes.end {
+            let len = (self.profile.bytes.end - at).min(1 << 20);
+            let mut bytes = vec![0; usize::try_from(len)?];
+            for (sector, bytes) in (at / SECTOR..).zip(bytes.chunks_mut(SECTOR_LEN)) {
+                self.content(sector, version, bytes);
+                *self.version_of(sector) = version;
+            }
+            ensure!(self.queues[0].write(at, &bytes)? == S_OK, "write at {at:#x}");
+            at += len;
+        }
+        ensure!(self.queues[0].flush()? == S_OK, "flush");
+        Ok(())
     }
 
     /// Carries out about `requests` requests; some may be in flight at the end.

@@ -62,6 +62,8 @@ pub struct Machine {
     shapes: Vec<Arc<Shape>>,
     /// Where each queue goes on.
     bases: Vec<u16>,
+    /// The daemon could not say where queues stopped.
+    lost: bool,
     features: u64,
     inflight: Option<Inflight>,
     link: Option<Frontend>,
@@ -89,6 +91,7 @@ impl Machine {
             socket: socket.to_path_buf(),
             bases: vec![0u16.wrapping_sub(options.before_wrap); shapes.len()],
             shapes,
+            lost: false,
             features: 0,
             inflight: None,
             link: None,
@@ -175,6 +178,13 @@ impl Machine {
     /// Shares memory and starts every queue where it was.
     pub fn run(&mut self) -> Result<()> {
         let link = self.link.take().context("not connected")?;
+        if std::mem::take(&mut self.lost) {
+            // What QEMU does without an answer to GET_VRING_BASE: go on behind what was used. The daemon serves one
+            // connection after the other, so it has let go of the rings by now.
+            for (base, shape) in self.bases.iter_mut().zip(&self.shapes) {
+                *base = self.ram.load(shape.used_idx());
+            }
+        }
         let done = self.run_on(&link);
         self.link = Some(link);
         done
@@ -266,6 +276,7 @@ impl Machine {
     /// Rings and inflight region of a device that was reset.
     pub fn begin_anew(&mut self) -> Result<()> {
         self.inflight = None;
+        self.lost = false;
         self.bases.fill(0);
         self.options.before_wrap = 0;
         self.new_driver()
@@ -275,10 +286,7 @@ impl Machine {
     pub fn disconnect(&mut self) {
         self.link = None;
         self.channel = None;
-        // What QEMU does without an answer to GET_VRING_BASE: go on behind what was used.
-        for (base, shape) in self.bases.iter_mut().zip(&self.shapes) {
-            *base = self.ram.load(shape.used_idx());
-        }
+        self.lost = true;
     }
 
     /// Connects again and goes on with rings and inflight region as they are.

@@ -18,6 +18,7 @@ pub mod driver;
 pub mod frontend;
 pub mod load;
 pub mod machine;
+pub mod neighbour;
 pub mod operator;
 pub mod queue;
 pub mod ram;
