@@ -484,7 +484,7 @@ void vssd_chan_free(struct vssd *vssd)
  */
 int vssd_chan_alloc(struct vssd *vssd)
 {
-	u32 ranges = VSSD_MAX_RANGES, size_max = U32_MAX;
+	u32 ranges = VSSD_MAX_RANGES;
 
 	BUILD_BUG_ON(sizeof(struct vssd_req) != 16);
 	BUILD_BUG_ON(sizeof(struct vssd_resp) != 24);
@@ -496,16 +496,6 @@ int vssd_chan_alloc(struct vssd *vssd)
 	BUILD_BUG_ON(sizeof(struct vssd_wait_resp) != 40);
 	BUILD_BUG_ON(sizeof(struct vssd_decline_req) != 32);
 	BUILD_BUG_ON(sizeof(struct vssd_pull_req) != 24);
-
-	/* A buffer is one segment. */
-	virtio_cread_feature(vssd->vdev, VIRTIO_BLK_F_SIZE_MAX, struct virtio_blk_config,
-			     size_max, &size_max);
-	if (size_max < VSSD_STATE_BYTES) {
-		dev_err(&vssd->vdev->dev, "segments of %u bytes are too small\n", size_max);
-		return -EINVAL;
-	}
-	ranges = min_t(u32, ranges,
-		       (size_max - sizeof(struct vssd_req)) / sizeof(struct vssd_range));
 
 	/* Fewer ranges in a message cost round trips only. */
 	for (; ranges >= 512; ranges /= 2) {

@@ -308,7 +308,6 @@ static const struct virtio_device_id vssd_id_table[] = {
 };
 
 static const unsigned int vssd_features[] = {
-	VIRTIO_BLK_F_SIZE_MAX,
 	VIRTIO_BLK_F_SEG_MAX,
 	VIRTIO_BLK_F_RO,
 	VIRTIO_BLK_F_BLK_SIZE,
