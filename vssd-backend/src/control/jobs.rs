@@ -85,10 +85,6 @@ impl Jobs {
         })
     }
 
-    pub fn device_of(&self, id: u64) -> Option<&str> {
-        self.records.get(&id).map(|record| record.device.as_str())
-    }
-
     /// All jobs, oldest first.
     pub fn list(&self, clock: &Clock) -> Vec<JobInfo> {
         self.records.keys().filter_map(|id| self.info(*id, clock)).collect()
