@@ -188,6 +188,8 @@ fn a_configuration_is_checked_with_place_and_reason() {
     }
 }
 
+type Damage = fn(&mut Vec<u8>);
+
 /// Whatever is wrong with a pool file: a message that names it, a non-zero exit code, and the file as it was.
 #[test]
 fn damaged_pool_files_are_refused_by_name_and_left_alone() {
@@ -198,7 +200,7 @@ fn damaged_pool_files_are_refused_by_name_and_left_alone() {
     let made = run(&["pool", "create", "--nvram", &format!("{}:32M", file.display())]);
     assert_eq!(made.status.code(), Some(0), "{}", errors(&made));
     let sound = fs::read(&file).unwrap();
-    let damages: [(&str, fn(&mut Vec<u8>)); 5] = [
+    let damages: [(&str, Damage); 5] = [
         ("empty", Vec::clear),
         ("truncated", |bytes| bytes.truncate(8 << 20)),
         ("not a pool", |bytes| bytes.iter_mut().for_each(|byte| *byte = 0x5a)),
