@@ -15,5 +15,6 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod device;
+pub mod peer;
 pub mod pool_command;
 pub mod vhost_user;

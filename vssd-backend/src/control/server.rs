@@ -7,7 +7,6 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -23,6 +22,7 @@ use super::session::{Input, MAX_WAITS, Session, Waiting};
 use super::verbs::{self, Door, Outcome};
 use crate::device::owner::{Owner, OwnerError};
 use crate::device::{DeviceEvent, Frontends};
+use crate::peer::peer_of;
 
 /// Clients at a time on each socket: whoever may only watch cannot keep operators out.
 pub const MAX_SESSIONS: usize = 256;
@@ -222,7 +222,7 @@ impl Server {
 
     fn welcome(&mut self, stream: UnixStream, door: Door) {
         let actor = match stream.set_nonblocking(true).and_then(|()| peer_of(&stream)) {
-            Ok(actor) => actor,
+            Ok(peer) => Actor { uid: peer.uid, pid: peer.pid },
             Err(error) => {
                 debug!(%error, "client is gone before it was served");
                 return;
@@ -394,27 +394,6 @@ impl Server {
             let _ = session.flush(0);
         }
     }
-}
-
-/// Who is at the other end, as the kernel noted when it connected. The process id is 0 for a process that this one
-/// cannot see (another PID namespace), which is why the raw structure is read.
-fn peer_of(stream: &UnixStream) -> io::Result<Actor> {
-    let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
-    let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).unwrap_or(0);
-    // SAFETY: `peer` and `len` outlive the call, and `len` is the size of `peer`, of which every bit pattern is valid.
-    let result = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut peer).cast(),
-            &raw mut len,
-        )
-    };
-    if result != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(Actor { uid: peer.uid, pid: peer.pid })
 }
 
 /// Empties an eventfd.

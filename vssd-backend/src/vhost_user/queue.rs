@@ -8,7 +8,7 @@
 //!                                └─ guest channel ► GuestCall to the owner ► slot ► reply(head) ► answer
 //! ```
 //!
-//! A malformed chain is answered and the queue goes on. The status byte is written in one place, [`ActiveQueue::answer`].
+//! A malformed chain is answered and the queue goes on. The status byte is written in one place, `ActiveQueue::answer`.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;

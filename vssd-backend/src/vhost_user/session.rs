@@ -2,7 +2,7 @@
 
 //! One front-end connection: the handler of vhost-user messages.
 //!
-//! `vhost` parses the messages and calls the [`Session`]; the session keeps what they set up and hands complete queues
+//! `vhost` parses the messages and calls the `Session`; the session keeps what they set up and hands complete queues
 //! to the workers. It runs on the vSSD's own thread and may wait there: for a queue to drain, for the owner to answer
 //! parked requests. Any error ends the connection; the guest's requests in flight are answered first.
 
@@ -33,6 +33,7 @@ use super::worker::WorkerHandle;
 use crate::device::config_space::{self, Geometry};
 use crate::device::request::Limits;
 use crate::device::{DeviceEvent, FrontendStatus};
+use crate::peer::peer_of;
 
 const VIRTIO_F_RING_INDIRECT_DESC: u64 = 1 << 28;
 const VIRTIO_F_RING_EVENT_IDX: u64 = 1 << 29;
@@ -82,7 +83,7 @@ pub struct SessionContext {
 
 /// Serves one connection to its end.
 pub fn serve(context: SessionContext, socket: UnixStream) {
-    let pid = rustix::net::sockopt::socket_peercred(&socket).ok().map(|c| c.pid.as_raw_nonzero().get());
+    let pid = peer_of(&socket).ok().map(|peer| peer.pid).filter(|pid| *pid > 0);
     let device = context.device.id;
     let name = context.device.vssd.name().to_owned();
     let owner = context.device.owner.clone();
