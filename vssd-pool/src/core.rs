@@ -78,7 +78,7 @@ pub(crate) struct LaneSlot {
     event: OnceLock<OwnedFd>,
     /// Writes that have completed, and their bytes, on each medium; written by the lane alone.
     pub(crate) writes: [AtomicU64; 2],
-    pub(crate) ring_bytes_written: [AtomicU64; 2],
+    pub(crate) data_bytes_written: [AtomicU64; 2],
 }
 
 impl LaneSlot {
@@ -183,9 +183,14 @@ impl Core {
         !runs.is_empty()
     }
 
+    /// Whether whoever needs a commit does it: where that is instant, or where there is no committer (any more).
+    pub(crate) fn commits_inline(&self) -> bool {
+        self.journal.is_instant() || !self.has_threads || self.closing.load(Ordering::Acquire)
+    }
+
     /// Gets everything appended so far committed soon: at once where that is instant, else by the committer.
     pub(crate) fn commit_soon(&self) {
-        if self.journal.is_instant() || !self.has_threads {
+        if self.commits_inline() {
             let position = self.journal.ledger().buffer.position();
             // A failure is remembered by the journal and met by whoever needs the commit.
             if self.journal.commit(position).is_ok() {

@@ -95,6 +95,7 @@ impl Keeper {
 
     /// The keeper's thread.
     pub(crate) fn run(mut self) -> Self {
+        let _guard = NobodyWaitsForTheDead(Arc::clone(&self.core));
         while !self.core.stop.load(Ordering::Acquire) {
             if self.step() {
                 continue;
@@ -167,7 +168,10 @@ impl Keeper {
         let vssds = self.core.vssds();
         let mut ledger = self.core.journal.ledger();
         for kind in MediumKind::ALL {
-            ledger.blocks.set_promised(kind, vssds.iter().map(|vssd| vssd.promised_on(kind)).sum());
+            // With overcommit no block can be kept back for anybody: all together may be promised more than there is.
+            let is_kept = self.core.layout.overcommit_percent == 100;
+            let promised = if is_kept { vssds.iter().map(|vssd| vssd.promised_on(kind)).sum() } else { 0 };
+            ledger.blocks.set_promised(kind, promised);
         }
     }
 
@@ -496,6 +500,19 @@ impl Keeper {
         core.checkpoints.fetch_add(1, Ordering::Relaxed);
         core.wake_lanes();
         Ok(())
+    }
+}
+
+/// Should the keeper's thread panic, those who asked it are told that nobody answers, and nobody can ask any more.
+struct NobodyWaitsForTheDead(Arc<Core>);
+
+impl Drop for NobodyWaitsForTheDead {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let mut commands = lock(&self.0.commands);
+            self.0.closing.store(true, Ordering::Release);
+            commands.clear();
+        }
     }
 }
 

@@ -266,7 +266,10 @@ impl Pool {
         // Nothing was written to the blocks in reserve, and since `closing` nobody takes one. The checkpoint
         // says so; no record need, for without it they are merely zeroed again.
         self.core.journal.ledger().blocks.return_reserve();
-        keeper.take_checkpoint()
+        let result = keeper.take_checkpoint();
+        // Whatever lanes wait for, it will not come, or it has come just now.
+        self.core.wake_lanes();
+        result
     }
 
     fn refuse_commands(&self) {
@@ -288,10 +291,10 @@ impl Pool {
         };
         let media = MediumKind::ALL.into_iter().filter_map(|kind| {
             let medium = core.media[kind.index()].as_ref()?;
-            let by_rings: u64 = core
+            let by_lanes: u64 = core
                 .lanes
                 .iter()
-                .map(|lane| lane.ring_bytes_written[kind.index()].load(Ordering::Relaxed))
+                .map(|lane| lane.data_bytes_written[kind.index()].load(Ordering::Relaxed))
                 .sum();
             Some(MediumInfo {
                 kind,
@@ -302,7 +305,7 @@ impl Pool {
                 leased_blocks: by_kind[kind.index()].leased,
                 persistence: medium.store.persistence(),
                 cache: medium.store.cache(),
-                bytes_written: medium.store.bytes_written() + by_rings,
+                bytes_written: medium.store.bytes_written() + by_lanes,
             })
         });
         let pages = core.journal.pages();

@@ -63,6 +63,7 @@ impl Store for MemStore {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.bytes_written.fetch_add(buf.len() as u64, Ordering::Relaxed);
         // SAFETY: buf is buf.len() readable bytes.
         unsafe { self.copy_in(offset, buf.as_ptr(), buf.len()) }
     }
@@ -100,7 +101,6 @@ impl Store for MemStore {
         let to = self.at(offset, len)?;
         // SAFETY: as in copy_out.
         unsafe { std::ptr::copy(from, to, len) };
-        self.bytes_written.fetch_add(len as u64, Ordering::Relaxed);
         Ok(())
     }
 

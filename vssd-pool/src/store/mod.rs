@@ -102,7 +102,8 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// `from` must be valid for reads of `len` bytes. Others may change those bytes at the same time.
     unsafe fn copy_in(&self, offset: u64, from: *const u8, len: usize) -> io::Result<()>;
 
-    /// Bytes written since it was opened by anything but a ring.
+    /// Bytes written or made zero since it was opened, without those of lanes (`copy_in` and rings), which count for
+    /// themselves lest they share a counter.
     fn bytes_written(&self) -> u64;
 }
 

@@ -120,7 +120,6 @@ impl NvramStore {
         if self.persistence == Persistence::MapSync {
             write_back::persist(at, len);
         }
-        self.bytes_written.fetch_add(len as u64, Ordering::Relaxed);
     }
 }
 
@@ -151,6 +150,7 @@ impl Store for NvramStore {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.bytes_written.fetch_add(buf.len() as u64, Ordering::Relaxed);
         // SAFETY: buf is buf.len() readable bytes.
         unsafe { self.copy_in(offset, buf.as_ptr(), buf.len()) }
     }
@@ -165,6 +165,7 @@ impl Store for NvramStore {
         // SAFETY: `at` checked the bounds; medium bytes are never behind references.
         unsafe { to.write_bytes(0, len) };
         self.stored(to, len);
+        self.bytes_written.fetch_add(len as u64, Ordering::Relaxed);
         Ok(())
     }
 

@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What a lane has under way: its section, its ring, and the requests that are in it, parked, or ready to be
+//! reported.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::time::Instant;
+
+use vssd_protocol::units::SECTOR_SIZE;
+
+use super::moves::{Step, Why};
+use super::ring::{Finished, Ring};
+use crate::core::Core;
+use crate::grace::Parity;
+use crate::map::Entry;
+use crate::store::AlignedBuf;
+use crate::types::{IoError, MediumKind, Submitted};
+use crate::vssd::Vssd;
+
+/// How one request ended.
+pub(super) type Outcome = Result<(), IoError>;
+
+/// A request with parts in the ring, or a flush.
+#[derive(Debug)]
+pub(super) struct Request {
+    token: u64,
+    pub(super) left: u32,
+    pub(super) result: Outcome,
+    /// What it counts as in flight under; flushes touch no blocks.
+    section: Option<Parity>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Op {
+    Read,
+    Write,
+    Discard,
+    WriteZeroes { unmap: bool },
+}
+
+/// A request as handed in.
+#[derive(Clone, Copy)]
+pub(super) struct Job<'a> {
+    pub(super) vssd: &'a Arc<Vssd>,
+    pub(super) op: Op,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) iov: &'a [libc::iovec],
+    pub(super) token: u64,
+}
+
+#[derive(Debug)]
+struct Parked {
+    vssd: Arc<Vssd>,
+    op: Op,
+    offset: u64,
+    len: u64,
+    iov: Vec<libc::iovec>,
+    token: u64,
+    since: Instant,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) slot: usize,
+    pub(super) section: Option<Parity>,
+    pub(super) ring: Option<Ring>,
+    pub(super) requests: Vec<Request>,
+    free: Vec<u32>,
+    /// Requests that wait for parts or for the journal.
+    open: usize,
+    /// Flushes that wait for the journal: (position, request).
+    flushes: Vec<(u64, u32)>,
+    parked: VecDeque<Parked>,
+    /// Something was parked since the section began: look once more, for the waker may not have seen it.
+    look_again: bool,
+    ready: Vec<(u64, Outcome)>,
+    /// What the current request's blocks are; kept for its capacity.
+    pub(super) resolved: Vec<Entry>,
+    pub(super) zeroes: Option<AlignedBuf>,
+}
+
+pub(super) fn errno(error: &std::io::Error) -> IoError {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC) => IoError::NoSpace,
+        Some(errno) => IoError::Io(errno),
+        None => IoError::Io(libc::EIO),
+    }
+}
+
+/// Adds to a counter that only this thread writes.
+pub(super) fn add(counter: &AtomicU64, by: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Release);
+}
+
+impl Work {
+    pub(super) fn new(slot: usize) -> Self {
+        Self {
+            slot,
+            section: None,
+            ring: None,
+            requests: Vec::new(),
+            free: Vec::new(),
+            open: 0,
+            flushes: Vec::new(),
+            parked: VecDeque::new(),
+            look_again: false,
+            ready: Vec::new(),
+            resolved: Vec::new(),
+            zeroes: None,
+        }
+    }
+
+    pub(super) fn has_pending(&self) -> bool {
+        self.open > 0 || !self.parked.is_empty() || !self.ready.is_empty()
+    }
+
+    /// The lane goes: waits for what the kernel has, forgets the rest.
+    pub(super) fn finish(&mut self, core: &Core) {
+        self.leave(core);
+        self.parked.clear();
+        // The kernel may still be writing to the callers' buffers.
+        while self.ring.as_ref().is_some_and(|ring| ring.in_flight() > 0) {
+            if !self.ring.as_mut().is_some_and(Ring::wait) {
+                tracing::error!("a lane was dropped on another thread than its own, with requests in flight");
+                break;
+            }
+            self.reap(core);
+        }
+        for request in &mut self.requests {
+            if let Some(parity) = request.section.take() {
+                core.grace.leave(self.slot, parity);
+            }
+        }
+        let slot = &core.lanes[self.slot];
+        slot.waiting.store(false, Ordering::Relaxed);
+        slot.woken.store(false, Ordering::Relaxed);
+        core.grace.unregister(self.slot);
+    }
+
+    pub(super) fn end_batch(&mut self, core: &Core) {
+        self.leave(core);
+        if std::mem::take(&mut self.look_again) {
+            self.retry_parked(core);
+            if !self.ready.is_empty() {
+                core.lanes[self.slot].ring();
+            }
+        }
+    }
+
+    pub(super) fn flush(&mut self, core: &Core, token: u64) -> Submitted {
+        if core.read_only {
+            return Submitted::Done(Ok(()));
+        }
+        if core.journal.has_failed() {
+            return Submitted::Done(Err(IoError::Io(libc::EIO)));
+        }
+        let request = self.open_request(token, None);
+        for kind in MediumKind::ALL {
+            let Some(medium) = &core.media[kind.index()] else { continue };
+            let writes = core.writes_on(kind);
+            if writes == core.synced[kind.index()].load(Ordering::Acquire) {
+                continue;
+            }
+            if medium.store.ring().is_some() {
+                match self.ring(core) {
+                    Ok(ring) => {
+                        ring.flush(request, kind, writes);
+                        self.requests[request as usize].left += 1;
+                    }
+                    Err(error) => self.requests[request as usize].result = Err(error),
+                }
+            } else {
+                match medium.store.sync() {
+                    Ok(()) => drop(core.synced[kind.index()].fetch_max(writes, Ordering::AcqRel)),
+                    Err(error) => {
+                        core.journal.fail(&error);
+                        self.requests[request as usize].result = Err(errno(&error));
+                    }
+                }
+            }
+        }
+        let position = core.journal.ledger().buffer.position();
+        if core.journal.durable() < position {
+            if core.commits_inline() {
+                if core.journal.commit(position).is_err() {
+                    self.requests[request as usize].result = Err(IoError::Io(libc::EIO));
+                }
+            } else {
+                self.requests[request as usize].left += 1;
+                self.flushes.push((position, request));
+                self.announce_waiting(core);
+                core.commit_bell.ring();
+            }
+        }
+        if self.section.is_none()
+            && let Some(ring) = &mut self.ring
+        {
+            ring.submit();
+        }
+        self.close_request(core, request)
+    }
+
+    pub(super) fn poll(&mut self, core: &Core, done: &mut impl FnMut(u64, Outcome)) -> usize {
+        let slot = &core.lanes[self.slot];
+        let woken = slot.woken.swap(false, Ordering::Acquire);
+        if woken || self.ring.is_some() || !self.ready.is_empty() {
+            // Before looking at anything, so that news from now on makes it readable again.
+            let mut counter = [0; 8];
+            if let Ok(event) = slot.event() {
+                // Not readable is as good.
+                let _ = rustix::io::read(event, &mut counter);
+            }
+        }
+        self.reap(core);
+        self.finish_flushes(core);
+        if !self.parked.is_empty() && (woken || self.is_overdue(core)) {
+            self.retry_parked(core);
+        }
+        let ready = std::mem::take(&mut self.ready);
+        let reported = ready.len();
+        for &(token, result) in &ready {
+            done(token, result);
+        }
+        // The callback cannot reach the lane, so nothing was added meanwhile; keep the capacity.
+        self.ready = ready;
+        self.ready.clear();
+        self.update_waiting(core);
+        reported
+    }
+
+    /// Opens a section, unless one is open; whether it did.
+    pub(super) fn enter(&mut self, core: &Core) -> bool {
+        if self.section.is_some() {
+            return false;
+        }
+        self.section = Some(core.grace.enter(self.slot));
+        true
+    }
+
+    /// Submits what was prepared and closes the section.
+    fn leave(&mut self, core: &Core) {
+        if let Some(ring) = &mut self.ring {
+            ring.submit();
+        }
+        if let Some(parity) = self.section.take() {
+            core.grace.leave(self.slot, parity);
+        }
+    }
+
+    /// Validates a request and carries it out or parks it.
+    pub(super) fn start(&mut self, core: &Core, job: Job<'_>) -> Submitted {
+        if let Err(error) = self.validate(core, &job) {
+            return Submitted::Done(Err(error));
+        }
+        if job.len == 0 {
+            return Submitted::Done(Ok(()));
+        }
+        let opened = self.enter(core);
+        let submitted = match self.run(core, &job) {
+            Step::Done(result) => Submitted::Done(result),
+            Step::Pending => Submitted::Pending,
+            Step::Wait(_) => {
+                self.park(core, &job);
+                Submitted::Pending
+            }
+        };
+        if opened {
+            self.end_batch(core);
+        }
+        submitted
+    }
+
+    fn validate(&self, core: &Core, job: &Job<'_>) -> Outcome {
+        let size = job.vssd.block_size().bytes_of(job.vssd.total_blocks());
+        let is_inside = job.offset.checked_add(job.len).is_some_and(|end| end <= size);
+        let is_whole = (job.offset | job.len).is_multiple_of(SECTOR_SIZE);
+        if !is_inside || !is_whole || job.vssd.instance() != core.instance {
+            return Err(IoError::OutOfRange);
+        }
+        if job.op != Op::Read {
+            if core.read_only {
+                return Err(IoError::ReadOnly);
+            }
+            // What could not be made durable must not be acknowledged.
+            if core.journal.has_failed() {
+                return Err(IoError::Io(libc::EIO));
+            }
+        }
+        Ok(())
+    }
+
+    /// The ring, made at first use: the kernel binds it to the thread that makes it.
+    pub(super) fn ring(&mut self, core: &Core) -> Result<&mut Ring, IoError> {
+        let ring = match self.ring.take() {
+            Some(ring) => ring,
+            None => {
+                let targets = [0, 1].map(|i| {
+                    core.media[i].as_ref().and_then(|medium: &crate::core::Medium| medium.store.ring())
+                });
+                let event = core.lanes[self.slot].event_raw().ok_or(IoError::Io(libc::EBADF))?;
+                Ring::new(targets, event).map_err(|error| {
+                    tracing::error!(%error, "cannot make an io_uring");
+                    errno(&error)
+                })?
+            }
+        };
+        Ok(self.ring.insert(ring))
+    }
+
+    /// A request with one unfinished part, which [`Work::close_request`] takes away.
+    pub(super) fn open_request(&mut self, token: u64, section: Option<Parity>) -> u32 {
+        let request = Request { token, left: 1, result: Ok(()), section };
+        self.open += 1;
+        if let Some(id) = self.free.pop() {
+            self.requests[id as usize] = request;
+            return id;
+        }
+        self.requests.push(request);
+        // A lane has at most a few thousand requests.
+        u32::try_from(self.requests.len() - 1).unwrap_or(u32::MAX)
+    }
+
+    /// All parts are prepared; tells whether they are over already.
+    pub(super) fn close_request(&mut self, core: &Core, id: u32) -> Submitted {
+        match self.part_over(core, id) {
+            Some((_, result)) => Submitted::Done(result),
+            None => Submitted::Pending,
+        }
+    }
+
+    fn part_over(&mut self, core: &Core, id: u32) -> Option<(u64, Outcome)> {
+        let request = &mut self.requests[id as usize];
+        request.left -= 1;
+        if request.left > 0 {
+            return None;
+        }
+        if let Some(parity) = request.section.take() {
+            core.grace.leave(self.slot, parity);
+        }
+        self.open -= 1;
+        self.free.push(id);
+        Some((request.token, request.result))
+    }
+
+    fn reap(&mut self, core: &Core) {
+        let Some(mut ring) = self.ring.take() else { return };
+        ring.reap(|finished| self.finished(core, &finished));
+        self.ring = Some(ring);
+    }
+
+    fn finished(&mut self, core: &Core, part: &Finished) {
+        let i = part.medium.index();
+        if part.written > 0 {
+            add(&core.lanes[self.slot].data_bytes_written[i], part.written);
+            add(&core.lanes[self.slot].writes[i], 1);
+        }
+        if let Err(error) = part.result {
+            if part.flushed.is_some() {
+                let errno = if let IoError::Io(errno) = error { errno } else { libc::EIO };
+                core.journal.fail(&std::io::Error::from_raw_os_error(errno));
+            }
+            self.requests[part.request as usize].result = Err(error);
+        } else if let Some(writes) = part.flushed {
+            core.synced[i].fetch_max(writes, Ordering::AcqRel);
+        }
+        let over = self.part_over(core, part.request);
+        self.ready.extend(over);
+    }
+
+    fn finish_flushes(&mut self, core: &Core) {
+        if self.flushes.is_empty() {
+            return;
+        }
+        let durable = core.journal.durable();
+        let has_failed = core.journal.has_failed();
+        let mut flushes = std::mem::take(&mut self.flushes);
+        flushes.retain(|&(position, request)| {
+            if durable < position && !has_failed {
+                return true;
+            }
+            if durable < position {
+                self.requests[request as usize].result = Err(IoError::Io(libc::EIO));
+            }
+            let over = self.part_over(core, request);
+            self.ready.extend(over);
+            false
+        });
+        self.flushes = flushes;
+    }
+
+    fn park(&mut self, core: &Core, job: &Job<'_>) {
+        self.parked.push_back(Parked {
+            vssd: Arc::clone(job.vssd),
+            op: job.op,
+            offset: job.offset,
+            len: job.len,
+            iov: job.iov.to_vec(),
+            token: job.token,
+            since: Instant::now(),
+        });
+        self.announce_waiting(core);
+        self.look_again = true;
+        // It looks after deadlines while somebody waits.
+        core.keeper_bell.ring();
+    }
+
+    fn announce_waiting(&self, core: &Core) {
+        core.lanes[self.slot].waiting.store(true, Ordering::Relaxed);
+        // Pairs with the fence in `Core::wake_lanes`.
+        fence(Ordering::SeqCst);
+    }
+
+    fn update_waiting(&self, core: &Core) {
+        let waits = !self.parked.is_empty() || !self.flushes.is_empty();
+        if !waits && core.lanes[self.slot].waiting.load(Ordering::Relaxed) {
+            core.lanes[self.slot].waiting.store(false, Ordering::Relaxed);
+        }
+    }
+
+    fn is_overdue(&self, core: &Core) -> bool {
+        self.parked.front().is_some_and(|first| first.since.elapsed() >= core.space_wait)
+    }
+
+    fn retry_parked(&mut self, core: &Core) {
+        let opened = self.enter(core);
+        for _ in 0..self.parked.len() {
+            let Some(parked) = self.parked.pop_front() else { break };
+            let Parked { vssd, op, offset, len, iov, token, since } = &parked;
+            let job = Job { vssd, op: *op, offset: *offset, len: *len, iov, token: *token };
+            // The pool may have failed meanwhile.
+            let step = match self.validate(core, &job) {
+                Ok(()) => self.run(core, &job),
+                Err(error) => Step::Done(Err(error)),
+            };
+            match step {
+                Step::Done(result) => self.ready.push((*token, result)),
+                Step::Pending => {}
+                Step::Wait(why) if why != Why::Fence && since.elapsed() >= core.space_wait => {
+                    let error = match why {
+                        Why::Space => IoError::NoSpace,
+                        _ => IoError::Io(libc::ETIMEDOUT),
+                    };
+                    self.ready.push((*token, Err(error)));
+                }
+                Step::Wait(_) => self.parked.push_back(parked),
+            }
+        }
+        if opened {
+            self.leave(core);
+        }
+    }
+}
