@@ -226,6 +226,62 @@ fn discarded_block_is_not_zeroed_while_a_batch_may_use_it() {
     }
 }
 
+/// The journal is 64 pages, a first write takes a 126th of one: the lanes outrun it several times over.
+#[test]
+fn burst_of_first_writes_waits_for_checkpoints_and_ends() {
+    let (pool, _stores) = mem_pool(&[(MediumKind::Nvram, 96 * MIB)], true);
+    let total = pool.info().total_blocks;
+    let vssd = pool.create_vssd(&spec("a", total, total)).unwrap();
+    let started = Instant::now();
+    let half = total / 2;
+    std::thread::scope(|scope| {
+        for worker in 0..2 {
+            let (pool, vssd) = (&pool, &vssd);
+            scope.spawn(move || {
+                let mut io = Io::new(pool);
+                for block in (0..half).map(|block| u64::from(worker * half + block)) {
+                    io.fill(vssd, block * B, 512, 1).unwrap();
+                    if block % 64 == 0 {
+                        io.flush(vssd).unwrap();
+                    }
+                }
+            });
+        }
+    });
+    assert!(pool.info().checkpoints > 5 && vssd.allocated_blocks() == half * 2);
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
+}
+
+#[test]
+fn closing_answers_whoever_waits() {
+    let (pool, _stores) = mem_pool(&[(MediumKind::Nvram, 8 * MIB)], true);
+    let vssd = pool.create_vssd(&spec("a", 16, 16)).unwrap();
+    let mut holder = pool.lane().unwrap();
+    let mut late = pool.lane().unwrap();
+    let mut bytes = vec![1u8; B as usize];
+    let iov = [libc_iovec(&mut bytes)];
+    holder.begin_batch();
+    let (send, receive) = std::sync::mpsc::channel();
+    pool.unplug(vssd.id(), vec![BlockRange::new(0, 4)], Box::new(move |result| send.send(result).unwrap()));
+    // Once the keeper has set the fence, the request waits for it.
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        // SAFETY: `bytes` outlives the request, which is drained below.
+        match unsafe { late.write(&vssd, 0, &iov, 9) } {
+            Submitted::Pending => break,
+            Submitted::Done(result) => assert_eq!(result, Ok(())),
+        }
+        assert!(Instant::now() < end, "no fence");
+    }
+    pool.close().unwrap();
+    assert_eq!(receive.recv().unwrap().unwrap_err().code(), "E_BUSY");
+    let mut answers = Vec::new();
+    late.drain(&mut |token, result| answers.push((token, result)));
+    assert!(matches!(answers[..], [(9, Ok(()) | Err(IoError::Io(libc::ESHUTDOWN)))]), "{answers:?}");
+    holder.end_batch();
+    assert_eq!(pool.create_vssd(&spec("b", 1, 1)).unwrap_err().code(), "E_BUSY");
+}
+
 #[test]
 fn event_descriptor_tells_of_completions() {
     let dir = tempfile::tempdir_in("/tmp").unwrap();
