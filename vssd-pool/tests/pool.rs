@@ -322,7 +322,9 @@ fn media_are_locked_and_used_media_are_refused() {
     Pool::create(&create).unwrap();
     assert_eq!(Pool::create(&create).unwrap_err().code(), "E_EXISTS");
     let pool = Pool::open(&open).unwrap();
-    assert_eq!(Pool::open(&open).unwrap_err().code(), "E_LOCKED");
+    let error = Pool::open(&open).unwrap_err();
+    assert_eq!(error.code(), "E_LOCKED");
+    assert!(error.to_string().ends_with(&format!("in use by process {}", std::process::id())), "{error}");
     assert_eq!(
         Pool::check(&CheckOptions { media: open.media.clone(), verify_zero: false }).unwrap_err().code(),
         "E_LOCKED"

@@ -9,6 +9,9 @@
 //! With `MAP_SYNC` every write is written back *and fenced* by the thread that made it: a store fence orders
 //! only its own core's write-backs, so the flush of another worker could not do it later.
 //!
+//! A write that was not flushed may be torn by a power cut anywhere, also within a sector; a disk's guest may count on
+//! no more, but an SSD happens to give it whole sectors.
+//!
 //! Not done: a file that someone truncates while it is mapped raises SIGBUS and ends the process. The size
 //! is checked at open, and the exclusive lock keeps other pools away.
 
