@@ -153,7 +153,6 @@ enum {
 	VSSD_F_POLL_DUE,		/* ask for the sizes */
 	VSSD_F_RESYNC,			/* read the plugged set */
 	VSSD_F_HINTED,			/* hints or rules changed */
-	VSSD_F_STALE_CACHE,		/* pages over evicted blocks are to be dropped */
 };
 
 /* A wish for more blocks. */
@@ -198,6 +197,7 @@ struct vssd {
 	/* Channel, vssd_chan.c. Probe, then work item. */
 	bool session;
 	u64 epoch;
+	u64 wait_epoch;			/* in which WAIT was sent */
 	u32 hello_total;		/* blocks, as of the newest HELLO */
 	u32 min_blocks;
 	u32 msg_ranges;			/* that our buffers hold */
@@ -216,6 +216,7 @@ struct vssd {
 	struct work_struct work;
 	struct delayed_work retry;
 	struct delayed_work poll;
+	struct delayed_work tidy;	/* of pages over evicted blocks */
 	enum vssd_state state;
 	u64 seq;			/* newest news that WAIT brought */
 	u64 seq_heard;			/* newest news that any answer mentioned */
@@ -230,6 +231,7 @@ struct vssd {
 	unsigned int polls;
 	unsigned long hint_deadline;	/* jiffies until which hints are waited for */
 	unsigned long wait_armed;	/* jiffies when WAIT was sent */
+	unsigned long resynced;		/* jiffies when the plugged set was read */
 	struct vssd_span *batch;	/* scratch of @msg_ranges: blocks chosen */
 	struct vssd_span *unplug;	/* scratch of @msg_ranges: those that go */
 	unsigned long *scratch;		/* bitmap */
@@ -344,7 +346,7 @@ int vssd_resize_init(struct vssd *vssd);
 void vssd_resize_start(struct vssd *vssd);
 void vssd_resize_stop(struct vssd *vssd);
 void vssd_resize_kick(struct vssd *vssd);
-void vssd_retry_in(struct vssd *vssd, unsigned int ms);
+void vssd_tidy_soon(struct vssd *vssd);
 int vssd_begin_session(struct vssd *vssd);
 int vssd_extend(struct vssd *vssd, u32 total);
 int vssd_resync(struct vssd *vssd);

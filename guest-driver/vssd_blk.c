@@ -29,8 +29,15 @@
 #include "vssd.h"
 #include "vssd_compat.h"
 
-/* Slots of the ring that stay free for the guest channel: WAIT and one more message. */
+/* What stays free in the ring for the guest channel: WAIT and one more message. */
 #define VSSD_RESERVED_SLOTS	2
+#define VSSD_RESERVED_DESCS	(2 * 4)
+
+/* Smallest ring: the above, and a request of a few segments. */
+#define VSSD_MIN_RING		16
+
+/* Most blocks of a WRITE_ZEROES: each is noted as written with the lock held. */
+#define VSSD_MAX_ZERO_BLOCKS	4096U
 
 struct vssd_pdu {
 	struct virtio_blk_outhdr hdr;
@@ -292,9 +299,8 @@ static void vssd_end_evicted(struct vssd *vssd, struct request *req, unsigned in
 {
 	req->rq_flags |= RQF_QUIET;
 	if (op_is_write(req_op(req))) {
-		/* Its page is clean now and holds what was never stored: the work item drops it. */
-		set_bit(VSSD_F_STALE_CACHE, &vssd->flags);
-		vssd_resize_kick(vssd);
+		/* Its page will be clean, and holds what was never stored. */
+		vssd_tidy_soon(vssd);
 		vssd_end_bytes(req, BLK_STS_NOSPC, bytes);
 	} else {
 		vssd_end_bytes(req, BLK_STS_MEDIUM, bytes);
@@ -325,9 +331,11 @@ static blk_status_t vssd_queue_rq(struct blk_mq_hw_ctx *hctx, const struct blk_m
 	switch (gate) {
 	case VSSD_SEND:
 		err = vssd_add_req(vssd, vq, req, bytes);
-		/* A completion starts the queue again; there is one to come, the ring is full. */
-		if (err == -ENOSPC)
+		/* A completion starts the queue again, if there is one to come. */
+		if (err == -ENOSPC && (vq->inflight[0] || vq->inflight[1]))
 			blk_mq_stop_hw_queue(hctx);
+		else if (err == -ENOSPC)
+			err = -ENOMEM;
 		break;
 	case VSSD_PARK:
 		list_add_tail(&req->queuelist, &vq->parked);
@@ -402,7 +410,7 @@ static void vssd_complete_rq(struct request *req)
 	struct vssd_pdu *vr = blk_mq_rq_to_pdu(req);
 	struct vssd *vssd = req->q->queuedata;
 
-	if (likely(vr->status != VSSD_S_EVICTED)) {
+	if (likely(vr->status != VSSD_S_EVICTED) || !req->bio) {
 		vssd_end_bytes(req, vssd_result(vr->status), vr->bytes);
 		return;
 	}
@@ -410,6 +418,10 @@ static void vssd_complete_rq(struct request *req)
 	/* The host took a block by force, and the news of it is still to come. */
 	set_bit(VSSD_F_RESYNC, &vssd->flags);
 	vssd_resize_kick(vssd);
+	if (req_op(req) == REQ_OP_DISCARD) {
+		vssd_end_bytes(req, BLK_STS_OK, vr->bytes);
+		return;
+	}
 	if (vr->bytes > req->bio->bi_iter.bi_size) {
 		/* Of several merged bios only some touch it. RQF_DONTPREP: merge no more. */
 		vr->single = true;
@@ -748,7 +760,8 @@ static int vssd_read_limits(struct vssd *vssd, struct vssd_limits *lim)
 	}
 	if (virtio_has_feature(vdev, VIRTIO_BLK_F_WRITE_ZEROES)) {
 		max = virtio_cread32(vdev, VSSD_CONFIG(max_write_zeroes_sectors));
-		lim->max_write_zeroes_sectors = min(max ?: U32_MAX, U32_MAX >> SECTOR_SHIFT);
+		lim->max_write_zeroes_sectors =
+			min(max ?: U32_MAX, VSSD_MAX_ZERO_BLOCKS << vssd->block_shift);
 	}
 	return 0;
 }
@@ -796,9 +809,15 @@ int vssd_blk_alloc_disk(struct vssd *vssd)
 	if (err)
 		return err;
 
+	if (slots < VSSD_MIN_RING) {
+		dev_err(&vssd->vdev->dev, "rings of %u entries are too small\n", slots);
+		return -EINVAL;
+	}
 	/* With indirect descriptors a request takes a slot, without them three at least. */
-	if (!virtio_has_feature(vssd->vdev, VIRTIO_RING_F_INDIRECT_DESC))
+	if (!virtio_has_feature(vssd->vdev, VIRTIO_RING_F_INDIRECT_DESC)) {
+		lim.max_segments = min(lim.max_segments, slots - VSSD_RESERVED_DESCS - 2);
 		slots /= 3;
+	}
 	set->ops = &vssd_mq_ops;
 	set->queue_depth = max_t(int, slots - VSSD_RESERVED_SLOTS, 1);
 	set->numa_node = NUMA_NO_NODE;

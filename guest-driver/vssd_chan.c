@@ -428,6 +428,7 @@ int vssd_chan_arm_wait(struct vssd *vssd)
 
 	vssd_chan_fill(vssd, req, 0, 0);
 	req->seq_seen = cpu_to_le64(vssd->seq);
+	vssd->wait_epoch = vssd->epoch;
 	return vssd_chan_send(vssd, &vssd->wait, VSSD_T_WAIT, sizeof(*req),
 			      sizeof(struct vssd_wait_resp));
 }
@@ -454,6 +455,9 @@ int vssd_chan_take_wait(struct vssd *vssd, struct vssd_news *news)
 	if (!smp_load_acquire(&vssd->wait.done))
 		return -EAGAIN;
 	vssd->wait.done = false;
+	/* Whatever it says, it is of a session that is over. */
+	if (vssd->wait_epoch != vssd->epoch)
+		return -ENODATA;
 	err = vssd_chan_head(vssd, &vssd->wait, news);
 	if (err)
 		return err;

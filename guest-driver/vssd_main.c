@@ -90,6 +90,7 @@ static struct vssd *vssd_alloc(struct virtio_device *vdev)
 	vssd->nominate = VSSD_NOMINATE_EMPTY;
 	vssd->hint_wait_ms = VSSD_HINT_WAIT_MS;
 	vssd->wait_armed = jiffies - HZ;
+	vssd->resynced = jiffies - HZ;
 	vssd_blocks_init(&vssd->blocks);
 	mutex_init(&vssd->pull_lock);
 	init_waitqueue_head(&vssd->chan_wait);

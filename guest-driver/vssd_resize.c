@@ -45,6 +45,10 @@
 #define VSSD_PLUG_BLOCKS	4096
 
 #define VSSD_RESYNC_TRIES	3
+#define VSSD_RESYNC_INTERVAL	msecs_to_jiffies(50)
+
+/* Failed writes are collected for so long: their pages are still under writeback when they fail. */
+#define VSSD_TIDY_DELAY		msecs_to_jiffies(100)
 
 enum vssd_stage {
 	VSSD_STAGE_HINTS,
@@ -69,6 +73,12 @@ void vssd_resize_kick(struct vssd *vssd)
 {
 	if (vssd->live && !vssd_stopping(vssd))
 		queue_work(vssd->wq, &vssd->work);
+}
+
+static void vssd_retry_in(struct vssd *vssd, unsigned int ms)
+{
+	if (!vssd_stopping(vssd))
+		mod_delayed_work(vssd->wq, &vssd->retry, msecs_to_jiffies(ms));
 }
 
 /* Something to hear before more blocks are moved. */
@@ -132,21 +142,6 @@ static int vssd_poll(struct vssd *vssd)
 	return err;
 }
 
-/* Drops the pages over evicted blocks. Those that are dirty or busy are tried again. */
-static void vssd_drop_evicted(struct vssd *vssd)
-{
-	struct vssd_span span = {};
-	bool clean = true;
-
-	while (vssd_blocks_next_evicted(&vssd->blocks, span.start + span.count, U32_MAX, &span))
-		if (!vssd_cache_drop(vssd, &span))
-			clean = false;
-	if (!clean) {
-		set_bit(VSSD_F_STALE_CACHE, &vssd->flags);
-		vssd_retry_in(vssd, 1000);
-	}
-}
-
 static int vssd_read_set(struct vssd *vssd, struct vssd_news *news)
 {
 	struct vssd_state_page page = { .next = 0 };
@@ -191,9 +186,10 @@ int vssd_resync(struct vssd *vssd)
 	}
 	taken = vssd_blocks_replace(&vssd->blocks, vssd->scratch);
 	vssd->counters.resyncs++;
+	vssd->resynced = jiffies;
 	vssd_adopt(vssd, &news);
 	if (vssd->disk && taken) {
-		vssd_drop_evicted(vssd);
+		vssd_tidy_soon(vssd);
 		vssd_notify(vssd);
 		vssd_uevent(vssd, "resync");
 	}
@@ -260,6 +256,7 @@ int vssd_begin_session(struct vssd *vssd)
 	vssd->seq = 0;
 	WRITE_ONCE(vssd->seq_heard, 0);
 	vssd->declined = false;
+	vssd->resynced = jiffies - HZ;
 	set_bit(VSSD_F_RESYNC, &vssd->flags);
 	vssd_reset_backoff(vssd);
 	WRITE_ONCE(vssd->requested, news.requested);
@@ -299,12 +296,6 @@ static int vssd_hear_news(struct vssd *vssd)
 	case -ENODATA:
 	case -ETXTBSY:
 	case -EAGAIN:
-		break;
-	case -ESTALE:
-		/* Of the session before this one, or this one is over: asking tells. */
-		err = vssd_poll(vssd);
-		if (err)
-			return err;
 		break;
 	default:
 		return err;
@@ -538,16 +529,20 @@ static int vssd_unplug(struct vssd *vssd, struct vssd_pass *pass, u32 m)
 static int vssd_give(struct vssd *vssd, struct vssd_pass *pass, u32 n)
 {
 	unsigned int noio;
-	int err;
+	int err = 0;
 	u32 i, m;
 
-	for (i = 0; i < n && !vssd_stopping(vssd); i++)
+	for (i = 0; i < n && !err; i++) {
 		vssd_cache_clean(vssd, &vssd->batch[i]);
-
+		if (vssd_interrupted(vssd))
+			err = -EAGAIN;
+	}
 	noio = memalloc_noio_save();
-	for (i = 0; i < n; i++)
-		vssd_blocks_fence(&vssd->blocks, &vssd->batch[i]);
-	err = vssd_blk_drain(vssd);
+	if (!err) {
+		for (i = 0; i < n; i++)
+			vssd_blocks_fence(&vssd->blocks, &vssd->batch[i]);
+		err = vssd_blk_drain(vssd);
+	}
 	if (err) {
 		for (i = 0; i < n; i++)
 			vssd_keep(vssd, pass, &vssd->batch[i]);
@@ -791,12 +786,16 @@ static int vssd_round(struct vssd *vssd)
 		rc = vssd_send_pull(vssd);
 	if (!rc && test_and_clear_bit(VSSD_F_POLL_DUE, &vssd->flags))
 		rc = vssd_poll(vssd);
-	if (!rc && test_bit(VSSD_F_RESYNC, &vssd->flags))
+	if (!rc && test_bit(VSSD_F_RESYNC, &vssd->flags)) {
+		/* Should the device go on to refuse what it lists, nothing spins. */
+		if (time_before(jiffies, vssd->resynced + VSSD_RESYNC_INTERVAL)) {
+			vssd_retry_in(vssd, jiffies_to_msecs(VSSD_RESYNC_INTERVAL));
+			return 0;
+		}
 		rc = vssd_resync(vssd);
+	}
 	if (rc)
 		return rc;
-	if (test_and_clear_bit(VSSD_F_STALE_CACHE, &vssd->flags))
-		vssd_drop_evicted(vssd);
 	if (test_and_clear_bit(VSSD_F_HINTED, &vssd->flags)) {
 		vssd_reset_backoff(vssd);
 		if (vssd->state == VSSD_DECLINED)
@@ -824,6 +823,7 @@ static void vssd_back_off(struct vssd *vssd)
 static void vssd_resize_work(struct work_struct *work)
 {
 	struct vssd *vssd = container_of(work, struct vssd, work);
+	long left;
 	int rc;
 
 	do {
@@ -837,7 +837,8 @@ static void vssd_resize_work(struct work_struct *work)
 	case 0:
 		break;
 	case -EINPROGRESS:	/* an agent is there and may bring hints */
-		vssd_retry_in(vssd, jiffies_to_msecs(vssd->hint_deadline - jiffies) + 1);
+		left = vssd->hint_deadline - jiffies;
+		vssd_retry_in(vssd, jiffies_to_msecs(max(left, 1L)));
 		break;
 	case -ESTALE:		/* a new session */
 		vssd->session = false;
@@ -866,10 +867,36 @@ static void vssd_retry_work(struct work_struct *work)
 	vssd_resize_kick(container_of(to_delayed_work(work), struct vssd, retry));
 }
 
-void vssd_retry_in(struct vssd *vssd, unsigned int ms)
+/*
+ * A page over an evicted block may outlive the block: one whose write failed is clean afterwards,
+ * and one over a block that was taken by force was never dropped. Reading it would hide that the
+ * data is gone.
+ */
+static void vssd_tidy_work(struct work_struct *work)
 {
-	if (!vssd_stopping(vssd))
-		mod_delayed_work(vssd->wq, &vssd->retry, msecs_to_jiffies(ms));
+	struct vssd *vssd = container_of(to_delayed_work(work), struct vssd, tidy);
+	struct vssd_span span = {};
+	bool clean = true;
+
+	while (vssd_blocks_next_evicted(&vssd->blocks, span.start + span.count, U32_MAX, &span) &&
+	       !vssd_stopping(vssd))
+		if (!vssd_cache_drop(vssd, &span))
+			clean = false;
+	/* Some are dirty or in use: later. */
+	if (!clean && !vssd_stopping(vssd))
+		queue_delayed_work(vssd->wq, &vssd->tidy, HZ);
+}
+
+/**
+ * vssd_tidy_soon - drop the pages over evicted blocks
+ * @vssd: the disk
+ *
+ * Context: any.
+ */
+void vssd_tidy_soon(struct vssd *vssd)
+{
+	if (vssd->live && !vssd_stopping(vssd))
+		queue_delayed_work(vssd->wq, &vssd->tidy, VSSD_TIDY_DELAY);
 }
 
 static void vssd_poll_work(struct work_struct *work)
@@ -895,6 +922,7 @@ int vssd_resize_init(struct vssd *vssd)
 	INIT_WORK(&vssd->work, vssd_resize_work);
 	INIT_DELAYED_WORK(&vssd->retry, vssd_retry_work);
 	INIT_DEFERRABLE_WORK(&vssd->poll, vssd_poll_work);
+	INIT_DELAYED_WORK(&vssd->tidy, vssd_tidy_work);
 	return 0;
 }
 
@@ -922,5 +950,6 @@ void vssd_resize_stop(struct vssd *vssd)
 	/* Nobody arms these any more. Should they wake the work item, it returns at once. */
 	cancel_delayed_work_sync(&vssd->poll);
 	cancel_delayed_work_sync(&vssd->retry);
+	cancel_delayed_work_sync(&vssd->tidy);
 	vssd_fail_pull(vssd, -ENODEV);
 }
