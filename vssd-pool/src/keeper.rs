@@ -499,6 +499,7 @@ impl Keeper {
         core.checkpoint_at.store(begin + core.journal.pages() / 4, Ordering::Relaxed);
         core.checkpoints.fetch_add(1, Ordering::Relaxed);
         core.wake_lanes();
+        core.scrub_bell.ring();
         Ok(())
     }
 }

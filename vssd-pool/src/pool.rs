@@ -59,8 +59,8 @@ enum Background {
 /// Distinguishes openings within the process.
 static INSTANCES: AtomicU64 = AtomicU64::new(1);
 
-/// How long the scrubber leaves a medium alone that does not take zeroes.
-const SCRUB_PAUSE: Duration = Duration::from_millis(200);
+/// How long the scrubber leaves things alone when it got nowhere; a checkpoint that makes room rings it earlier.
+const SCRUB_PAUSE: Duration = Duration::from_secs(1);
 
 impl Pool {
     /// Makes a pool on media that hold nothing (or anything, with `force`).

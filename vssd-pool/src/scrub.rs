@@ -7,9 +7,12 @@
 
 use std::sync::atomic::Ordering;
 
+use vssd_protocol::units::PhysicalBlock;
+
 use crate::blocks::PhysicalRun;
 use crate::core::Core;
 use crate::record::Record;
+use crate::types::MediumKind;
 
 /// Bytes zeroed in one round.
 const ROUND: u64 = 64 << 20;
@@ -24,7 +27,7 @@ pub(crate) enum Round {
     Idle,
     /// Some blocks are clean now.
     Cleaned,
-    /// The journal has no room, the medium failed, or the pool is closing.
+    /// The journal has no room, the media take no zeroes, or the pool is closing.
     Stuck,
 }
 
@@ -42,15 +45,17 @@ pub(crate) fn round(core: &Core) -> Round {
         let blocks = u32::try_from(ROUND / block_size.bytes()).unwrap_or(1).max(1);
         (ledger.blocks.take_dirty(blocks, MAX_RUNS), ledger.buffer.position())
     };
-    let is_done =
-        core.journal.commit(position).is_ok() && core.grace.synchronize(&core.stop) && zero(core, &runs);
+    let is_safe = core.journal.commit(position).is_ok() && core.grace.synchronize(&core.stop);
+    let (zeroed, failed): (Vec<_>, Vec<_>) = runs.into_iter().partition(|run| is_safe && zero(core, *run));
+    let is_durable = flush(core, &zeroed);
     let mut ledger = core.journal.ledger();
-    if !is_done {
-        runs.into_iter().for_each(|run| ledger.blocks.still_dirty(run));
+    failed.into_iter().for_each(|run| ledger.blocks.still_dirty(run));
+    if zeroed.is_empty() || !is_durable {
+        zeroed.into_iter().for_each(|run| ledger.blocks.still_dirty(run));
         return Round::Stuck;
     }
     let mut position = 0;
-    for run in runs {
+    for run in zeroed {
         ledger.blocks.cleaned(run);
         position = ledger.buffer.append(&Record::Clean(run));
     }
@@ -66,29 +71,32 @@ pub(crate) fn round(core: &Core) -> Round {
     Round::Cleaned
 }
 
-fn zero(core: &Core, runs: &[PhysicalRun]) -> bool {
+/// Whether the run reads as zeroes now.
+fn zero(core: &Core, run: PhysicalRun) -> bool {
     let block_size = core.layout.block_size;
-    let mut touched = [false; 2];
-    for run in runs {
-        let first = vssd_protocol::units::PhysicalBlock(run.start);
-        let (kind, Some(medium)) = core.medium_of(first) else { return false };
-        touched[kind.index()] = true;
-        let mut at = medium.offset_of(first, block_size);
-        let end = at + block_size.bytes_of(run.count);
-        while at < end {
-            if core.stop.load(Ordering::Relaxed) {
-                return false;
-            }
-            let len = PIECE.min(end - at);
-            if let Err(error) = medium.store.zero(at, len) {
-                tracing::error!(medium = %medium.store.path().display(), offset = at, %error, "cannot zero a block");
-                return false;
-            }
-            at += len;
+    let first = PhysicalBlock(run.start);
+    let (_, Some(medium)) = core.medium_of(first) else { return false };
+    let mut at = medium.offset_of(first, block_size);
+    let end = at + block_size.bytes_of(run.count);
+    while at < end {
+        if core.stop.load(Ordering::Relaxed) {
+            return false;
         }
+        let len = PIECE.min(end - at);
+        if let Err(error) = medium.store.zero(at, len) {
+            tracing::error!(medium = %medium.store.path().display(), offset = at, %error, "cannot zero a block");
+            return false;
+        }
+        at += len;
     }
-    for (medium, _) in core.media.iter().zip(touched).filter(|(_, touched)| *touched) {
-        if let Some(medium) = medium
+    true
+}
+
+/// Makes the zeroes of these runs durable.
+fn flush(core: &Core, runs: &[PhysicalRun]) -> bool {
+    for kind in MediumKind::ALL {
+        let Some(medium) = &core.media[kind.index()] else { continue };
+        if runs.iter().any(|run| core.medium_of(PhysicalBlock(run.start)).0 == kind)
             && let Err(error) = medium.store.sync()
         {
             core.journal.fail(&error);
