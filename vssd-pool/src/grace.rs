@@ -189,7 +189,7 @@ mod tests {
     fn no_reader_uses_a_value_after_its_grace_period() {
         let grace = Arc::new(Grace::new());
         let current = Arc::new(AtomicU32::new(0));
-        let alive: Arc<Vec<AtomicBool>> = Arc::new((0..400).map(|_| AtomicBool::new(true)).collect());
+        let alive: Arc<Vec<AtomicBool>> = Arc::new((0..150).map(|_| AtomicBool::new(true)).collect());
         let stop = Arc::new(AtomicBool::new(false));
         let readers: Vec<_> = (0..3)
             .map(|_| {
@@ -211,7 +211,7 @@ mod tests {
                 })
             })
             .collect();
-        for next in 1..400u32 {
+        for next in 1..150u32 {
             current.store(next, Ordering::Relaxed);
             assert!(grace.synchronize(&AtomicBool::new(false)));
             alive[next as usize - 1].store(false, Ordering::Relaxed);

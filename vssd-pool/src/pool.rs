@@ -69,11 +69,19 @@ impl Pool {
         if options.media.is_empty() {
             return Err(Error::invalid("a pool needs an NV-RAM medium, an SSD medium, or one of each"));
         }
-        let mut stores = Vec::new();
-        for spec in &options.media {
-            stores.push(store::create(spec, options.force)?);
+        let new: Vec<_> =
+            options.media.iter().filter(|spec| !spec.path.exists()).map(|spec| &spec.path).collect();
+        let made = options
+            .media
+            .iter()
+            .map(|spec| store::create(spec, options.force))
+            .collect::<Result<Vec<_>>>()
+            .and_then(|stores| Self::create_on(options, &stores));
+        if made.is_err() {
+            // Files that would only be in the way of the next attempt. That there are none is as good.
+            new.into_iter().for_each(|path| drop(std::fs::remove_file(path)));
         }
-        Self::create_on(options, &stores)
+        made
     }
 
     /// Makes a pool on stores; `options.media` is ignored.

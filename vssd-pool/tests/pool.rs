@@ -347,6 +347,22 @@ fn media_are_locked_and_used_media_are_refused() {
 }
 
 #[test]
+fn failed_creation_leaves_no_files_behind() {
+    let (dir, mut create, open) = file_pool(&[(MediumKind::Nvram, "n"), (MediumKind::Ssd, "s")], "/tmp");
+    std::fs::write(dir.path().join("s"), b"precious").unwrap();
+    assert_eq!(Pool::create(&create).unwrap_err().code(), "E_EXISTS");
+    assert!(!dir.path().join("n").exists());
+    assert_eq!(std::fs::read(dir.path().join("s")).unwrap(), b"precious");
+    std::fs::remove_file(dir.path().join("s")).unwrap();
+    create.media[1].size = Some(MIB);
+    assert_eq!(Pool::create(&create).unwrap_err().code(), "E_INVALID");
+    assert!(!dir.path().join("n").exists() && !dir.path().join("s").exists());
+    create.media[1].size = Some(16 * MIB);
+    Pool::create(&create).unwrap();
+    Pool::open(&open).unwrap();
+}
+
+#[test]
 fn reused_medium_counts_as_dirty_until_scrubbed() {
     let (dir, mut create, open) = file_pool(&[(MediumKind::Ssd, "s")], "/tmp");
     std::fs::write(dir.path().join("s"), vec![0xdd; 16 << 20]).unwrap();
