@@ -505,3 +505,64 @@ fn msync_and_declared_persistence_are_taken_as_given() {
     create.force = true;
     assert_eq!(Pool::create(&create).unwrap_err().code(), "E_MEDIUM");
 }
+
+/// A loop device, detached when dropped; `None` where that is not permitted.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn new(file: &std::path::Path, sector: u32) -> Option<Self> {
+        let output = std::process::Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", &sector.to_string()])
+            .arg(file)
+            .output()
+            .ok()?;
+        output.status.success().then(|| Self(String::from_utf8_lossy(&output.stdout).trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn block_devices_of_either_sector_size_carry_pools() {
+    for sector in [512u32, 4096] {
+        let dir = tempfile::tempdir_in("/tmp").unwrap();
+        std::fs::write(dir.path().join("disk"), vec![0; 16 << 20]).unwrap();
+        let Some(device) = LoopDevice::new(&dir.path().join("disk"), sector) else {
+            println!("skipped: no loop devices here");
+            return;
+        };
+        let mut create =
+            CreateOptions::new("device", vec![MediumSpec::new(MediumKind::Ssd, &device.0, None)]);
+        create.block_size = BlockSize::new(8192).unwrap();
+        Pool::create(&create).unwrap();
+        assert_eq!(Pool::create(&create).unwrap_err().code(), "E_EXISTS");
+        let pool = Pool::open(&OpenOptions::new([&device.0])).unwrap();
+        assert_eq!(pool.info().logical_block_bytes, sector);
+        let total = pool.info().total_blocks;
+        let vssd = pool.create_vssd(&spec("a", total, total)).unwrap();
+        let mut io = Io::new(&pool);
+        // Nothing of a device counts as zero: all of it is zeroed before it is lent.
+        for block in 0..u64::from(total) {
+            io.fill(&vssd, block * 8192 + 4096, 4096, 5).unwrap();
+        }
+        let bytes = io.read_vec(&vssd, 8192 + 3584, 1024).unwrap();
+        assert!(bytes[..512].iter().all(|&byte| byte == 0) && bytes[512..].iter().all(|&byte| byte == 5));
+        let part = io.fill(&vssd, 512, 512, 6);
+        assert_eq!(part, if sector == 512 { Ok(()) } else { Err(IoError::OutOfRange) });
+        io.write_zeroes(&vssd, 4096, 8192, true).unwrap();
+        assert!(io.read_vec(&vssd, 4096, 8192).unwrap().iter().all(|&byte| byte == 0));
+        io.discard(&vssd, 0, 8 * 8192).unwrap();
+        io.flush(&vssd).unwrap();
+        drop((io, vssd));
+        pool.close().unwrap();
+        drop(pool);
+        let media = vec![std::path::PathBuf::from(&device.0).into()];
+        let report = Pool::check(&CheckOptions { media, verify_zero: true }).unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        assert_eq!(report.leased_blocks, total - 8);
+    }
+}
