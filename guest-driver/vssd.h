@@ -230,6 +230,7 @@ struct vssd {
 	unsigned int busy_passes;
 	unsigned int polls;
 	unsigned long hint_deadline;	/* jiffies until which hints are waited for */
+	unsigned long retry_at;		/* jiffies when @retry wakes the work item */
 	unsigned long wait_armed;	/* jiffies when WAIT was sent */
 	unsigned long resynced;		/* jiffies when the plugged set was read */
 	struct vssd_span *batch;	/* scratch of @msg_ranges: blocks chosen */

@@ -75,10 +75,16 @@ void vssd_resize_kick(struct vssd *vssd)
 		queue_work(vssd->wq, &vssd->work);
 }
 
-static void vssd_retry_in(struct vssd *vssd, unsigned int ms)
+/* Wakes the work item, of several wishes at the earliest. Context: work item. */
+static void vssd_retry_in(struct vssd *vssd, unsigned long delay)
 {
-	if (!vssd_stopping(vssd))
-		mod_delayed_work(vssd->wq, &vssd->retry, msecs_to_jiffies(ms));
+	unsigned long at = jiffies + delay;
+
+	if (vssd_stopping(vssd) ||
+	    (delayed_work_pending(&vssd->retry) && time_after_eq(at, vssd->retry_at)))
+		return;
+	vssd->retry_at = at;
+	mod_delayed_work(vssd->wq, &vssd->retry, delay);
 }
 
 /* Something to hear before more blocks are moved. */
@@ -303,7 +309,7 @@ static int vssd_hear_news(struct vssd *vssd)
 	if (vssd_chan_waiting(vssd))
 		return 0;
 	if (time_before(jiffies, vssd->wait_armed + VSSD_WAIT_INTERVAL)) {
-		vssd_retry_in(vssd, jiffies_to_msecs(VSSD_WAIT_INTERVAL));
+		vssd_retry_in(vssd, VSSD_WAIT_INTERVAL);
 		return 0;
 	}
 	vssd->wait_armed = jiffies;
@@ -788,10 +794,8 @@ static int vssd_round(struct vssd *vssd)
 		rc = vssd_poll(vssd);
 	if (!rc && test_bit(VSSD_F_RESYNC, &vssd->flags)) {
 		/* Should the device go on to refuse what it lists, nothing spins. */
-		if (time_before(jiffies, vssd->resynced + VSSD_RESYNC_INTERVAL)) {
-			vssd_retry_in(vssd, jiffies_to_msecs(VSSD_RESYNC_INTERVAL));
+		if (time_before(jiffies, vssd->resynced + VSSD_RESYNC_INTERVAL))
 			return 0;
-		}
 		rc = vssd_resync(vssd);
 	}
 	if (rc)
@@ -802,12 +806,17 @@ static int vssd_round(struct vssd *vssd)
 			vssd_set_state(vssd, VSSD_SHRINKING);
 	}
 
-	/* A crash kernel reads the disk as it is. */
+	/* A crash kernel uses the disk as it is. The target may cross over in mid-way. */
 	if (!is_kdump_kernel()) {
-		if (vssd_plugged(vssd) > vssd->requested)
+		if (vssd_plugged(vssd) > vssd->requested) {
 			rc = vssd_shrink(vssd);
-		else if (vssd_plugged(vssd) < vssd->requested)
+			if (!rc && vssd_plugged(vssd) < vssd->requested)
+				return -EAGAIN;
+		} else if (vssd_plugged(vssd) < vssd->requested) {
 			rc = vssd_grow(vssd);
+			if (!rc && vssd_plugged(vssd) > vssd->requested)
+				return -EAGAIN;
+		}
 	}
 	if (!rc && vssd_plugged(vssd) == vssd->requested)
 		vssd_set_state(vssd, VSSD_IDLE);
@@ -817,7 +826,7 @@ static int vssd_round(struct vssd *vssd)
 static void vssd_back_off(struct vssd *vssd)
 {
 	vssd->backoff_ms = clamp(vssd->backoff_ms * 2, VSSD_BACKOFF_FIRST_MS, VSSD_BACKOFF_LAST_MS);
-	vssd_retry_in(vssd, vssd->backoff_ms);
+	vssd_retry_in(vssd, msecs_to_jiffies(vssd->backoff_ms));
 }
 
 static void vssd_resize_work(struct work_struct *work)
@@ -835,10 +844,12 @@ static void vssd_resize_work(struct work_struct *work)
 
 	switch (rc) {
 	case 0:
+		if (test_bit(VSSD_F_RESYNC, &vssd->flags))
+			vssd_retry_in(vssd, VSSD_RESYNC_INTERVAL);
 		break;
 	case -EINPROGRESS:	/* an agent is there and may bring hints */
 		left = vssd->hint_deadline - jiffies;
-		vssd_retry_in(vssd, jiffies_to_msecs(max(left, 1L)));
+		vssd_retry_in(vssd, max(left, 1L));
 		break;
 	case -ESTALE:		/* a new session */
 		vssd->session = false;
