@@ -271,6 +271,8 @@ fn fits(first: PhysicalBlock, count: u32, total_blocks: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::store::MemStore;
     use crate::types::{MediumKind, VssdAttrs, VssdId};
@@ -340,6 +342,31 @@ mod tests {
             let found = read(&store, slot(), POOL, TOTAL).unwrap();
             assert!(!matches!(found, Found::Good(..)), "byte {at}");
             store.write_at(slot().offset + at, &byte).unwrap();
+        }
+    }
+
+    proptest! {
+        /// Behind a forged checksum anything may stand.
+        #[test]
+        fn any_body_is_parsed_or_refused(
+            changes in prop::collection::vec((0usize..250, any::<u8>()), 0..12), cut in prop::option::of(0usize..250)
+        ) {
+            let store = MemStore::new(MediumKind::Nvram, 1 << 20);
+            write_sample(&store);
+            let Found::Good(header, _) = read(&store, slot(), POOL, TOTAL).unwrap() else { panic!("not good") };
+            let mut body = vec![0; usize::try_from(header.body_len).unwrap()];
+            store.read_at(slot().offset + PAGE as u64, &mut body).unwrap();
+            for (at, byte) in changes {
+                let at = at % body.len();
+                body[at] = byte;
+            }
+            body.truncate(cut.unwrap_or(body.len()));
+            if let Some(state) = parse_body(&body, TOTAL) {
+                prop_assert_eq!(state.clean.len(), TOTAL);
+                for (_, map) in state.vssds.values() {
+                    prop_assert!(map.runs(0).take(100).all(|(start, count, _)| start + count <= map.len()));
+                }
+            }
         }
     }
 
