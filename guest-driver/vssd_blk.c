@@ -217,6 +217,8 @@ static int vssd_add_req(struct vssd *vssd, struct vssd_vq *vq, struct request *r
 	if (req_op(req) == REQ_OP_DISCARD && !vr->nr_ranges)
 		return -ENODATA;
 
+	/* Should the device not write it. */
+	vr->status = VIRTIO_BLK_S_IOERR;
 	sg_init_one(&hdr, &vr->hdr, sizeof(vr->hdr));
 	sgs[out++] = &hdr;
 	if (vr->nr_ranges) {
