@@ -593,6 +593,41 @@ fn pending_target_is_resumed_as_a_job_after_a_restart() {
     assert_eq!(ended(&mut client, &jobs[0]["id"])["state"], "done");
 }
 
+#[test]
+fn deadline_of_a_resize_outlives_the_daemon() {
+    let disks = Disks::new(64);
+    let daemon = Daemon::start(&disks);
+    let id = daemon.create("vm1", 4 * MIB, 4 * MIB);
+    let mut guest = Guest::boot(&daemon, id);
+    guest.hello();
+    let timed = json!({ "name": "vm1", "size_bytes": 2 * MIB, "deadline_ms": 300_000, "on_timeout": "fail" });
+    daemon.client().ok("device.resize", timed.clone());
+    daemon.stop().unwrap();
+
+    let daemon = Daemon::start(&disks);
+    let mut client = daemon.client();
+    let job = client.ok("job.list", json!({}))["jobs"][0].take();
+    let left = job["deadline_ms"].as_u64().unwrap();
+    assert!((200_000..=300_000).contains(&left), "{left} ms are left");
+    let mut timed = timed;
+    timed["on_timeout"] = json!("wait");
+    client.ok("device.resize", timed);
+    daemon.stop().unwrap();
+
+    let daemon = Daemon::start(&disks);
+    let mut client = daemon.client();
+    let job = client.ok("job.list", json!({}))["jobs"][0].take();
+    let mut guest = Guest::boot(&daemon, id);
+    let epoch = guest.hello();
+    let seq = guest.call(Request::State { epoch, flags: 0, start: 0 }).sizes.seq;
+    let reason = vssd_protocol::guest::DeclineReason::Busy;
+    guest.call(Request::Decline { epoch, seq, could_give: 0, reason });
+    let now = client.ok("job.show", json!({ "id": job["id"] }));
+    assert_eq!(now["error"], Value::Null, "a decline before the deadline ends nothing: {now}");
+    guest.call(Request::Unplug { epoch, ranges: vec![BlockRange::new(0, 32)] });
+    assert_eq!(ended(&mut client, &job["id"])["state"], "done");
+}
+
 /// protocol.md: V-22.
 #[test]
 fn stopping_queue_is_told_when_nothing_is_parked_any_more() {

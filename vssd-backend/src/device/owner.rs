@@ -25,7 +25,6 @@ use rustix::fd::OwnedFd;
 use serde_json::{Value, json};
 use tracing::{debug, error, info, warn};
 use vssd_pool::{Pool, Vssd, VssdAttrs, VssdId};
-use vssd_protocol::control::Policy;
 use vssd_protocol::guest::{self, RequestType, Response, ResponseBody};
 use vssd_protocol::units::{BlockRange, ByteOffset};
 
@@ -40,8 +39,10 @@ use crate::control::negotiation::{
 mod alarm;
 mod operator;
 mod pick;
+mod stored;
 
 use alarm::Alarm;
+use stored::{Deadline, Stored};
 
 /// Most ranges in one STATE answer, however large the guest's buffer is.
 const MAX_STATE_RANGES: usize = 65_536;
@@ -205,14 +206,10 @@ impl Owner {
     fn serve(&mut self, vssd: Arc<Vssd>) -> Result<(), FrontendError> {
         let id = vssd.id();
         let attrs = vssd.attrs();
-        let policy = if attrs.policy.is_empty() {
-            Policy::default()
-        } else {
-            serde_json::from_str(&attrs.policy).unwrap_or_else(|error| {
-                error!(device = vssd.name(), %error, "stored policy is unreadable, the default is used");
-                Policy::default()
-            })
-        };
+        let stored = Stored::decode(&attrs.policy).unwrap_or_else(|error| {
+            error!(device = vssd.name(), %error, "stored policy is unreadable, the default is used");
+            Stored::default()
+        });
         let total = vssd.total_blocks();
         let counts = Counts { plugged: vssd.plugged_blocks(), end: pick::end(&vssd, total) };
         let setup = Setup {
@@ -222,14 +219,16 @@ impl Owner {
             min: attrs.min_blocks,
             requested: attrs.requested_blocks.clamp(attrs.min_blocks.min(total), total),
             counts,
-            policy,
+            policy: stored.policy,
         };
         let negotiation = Negotiation::new(setup);
         let capacity = ByteOffset(vssd.block_size().bytes_of(negotiation.capacity()));
         if let Some(frontends) = &mut self.frontends {
             frontends.open(&vssd, capacity)?;
         }
-        let resumed = negotiation.plan_resumed();
+        let unix_now = self.clock.unix_ms(self.clock.now_ms());
+        let deadline = stored.deadline.map(|deadline| (deadline.left_ms(unix_now), deadline.on_timeout));
+        let resumed = negotiation.plan_resumed(deadline);
         self.devices.insert(id, Device { vssd, negotiation, owed: HashMap::new(), closing: false });
         if let Some(plan) = resumed {
             let job = self.jobs.next_id();
@@ -391,7 +390,7 @@ impl Owner {
                 self.pool.plug(id, ranges, limit, done);
             }
             Effect::StoreRequested { blocks } => {
-                if let Err(error) = self.store_requested(id, blocks) {
+                if let Err(error) = self.store_requested(id, blocks, None) {
                     // What is in force now is right; a restart would resume the older target.
                     error!(device = id.0, %error, "cannot store the requested size");
                 }
@@ -462,9 +461,14 @@ impl Owner {
         })
     }
 
-    fn store_requested(&self, id: VssdId, blocks: u32) -> vssd_pool::Result<()> {
+    /// Makes a target durable, and with it the deadline of the resize that it is for.
+    fn store_requested(&self, id: VssdId, blocks: u32, deadline: Option<Deadline>) -> vssd_pool::Result<()> {
         let Some(device) = self.devices.get(&id) else { return Ok(()) };
-        let attrs = VssdAttrs { requested_blocks: blocks, ..device.vssd.attrs() };
+        let mut attrs = VssdAttrs { requested_blocks: blocks, ..device.vssd.attrs() };
+        match (Stored { policy: device.negotiation.policy(), deadline }).encode() {
+            Ok(text) => attrs.policy = text,
+            Err(error) => error!(device = device.vssd.name(), %error, "cannot encode a policy"),
+        }
         self.pool.set_attrs(id, &attrs)
     }
 
@@ -479,7 +483,7 @@ impl Owner {
         if requested <= negotiation.requested() {
             return None;
         }
-        match self.store_requested(id, requested) {
+        match self.store_requested(id, requested, None) {
             Ok(()) => Some(Event::Granted { requested }),
             Err(error) => {
                 debug!(device = id.0, %error, "a guest's wish cannot be granted");

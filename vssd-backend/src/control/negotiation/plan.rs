@@ -160,8 +160,9 @@ impl Negotiation {
         Ok(plan)
     }
 
-    /// A plan for a target that was pending when the daemon started.
-    pub fn plan_resumed(&self) -> Option<Plan> {
+    /// A plan for a target that was pending when the daemon started; `deadline` is the time left for it, in
+    /// milliseconds, and what happens then.
+    pub fn plan_resumed(&self, deadline: Option<(u64, OnTimeout)>) -> Option<Plan> {
         let (from, to) = (self.counts.plugged, self.requested);
         if from == to {
             return None;
@@ -172,8 +173,8 @@ impl Negotiation {
             to,
             route,
             force: false,
-            deadline_ms: Some(self.policy.deadline_ms).filter(|ms| *ms > 0 && to < from),
-            on_timeout: self.policy.on_timeout,
+            deadline_ms: deadline.map(|(left_ms, _)| left_ms).filter(|_| to < from),
+            on_timeout: deadline.map_or(self.policy.on_timeout, |(_, on_timeout)| on_timeout),
             text: String::new(),
         })
     }

@@ -214,7 +214,9 @@ impl Rig {
         };
         self.n = Negotiation::new(setup);
         self.capacity = self.n.capacity();
-        if let Some(plan) = self.n.plan_resumed() {
+        let policy = self.n.policy();
+        let deadline = Some((policy.deadline_ms, policy.on_timeout)).filter(|(ms, _)| *ms > 0);
+        if let Some(plan) = self.n.plan_resumed(deadline) {
             self.next_job += 1;
             let job = self.next_job;
             self.apply(Event::Resize(Resize { job, plan, actor: OPERATOR, note: "resumed after restart" }));

@@ -12,6 +12,7 @@ use vssd_protocol::control::{
 };
 use vssd_protocol::units::ByteCount;
 
+use super::stored::{Deadline, Stored};
 use super::{Device, Event, Owner, alarm, pick};
 use crate::control::fault::Fault;
 use crate::control::negotiation::{Actor, Plan, Resize, Tail, Wish};
@@ -75,7 +76,7 @@ impl Owner {
             requested_blocks: size,
             min_blocks: min,
             class: pool_class(params.class),
-            policy: encode_policy(params.policy)?,
+            policy: encode(&Stored::policy(params.policy))?,
         };
         if params.dry_run {
             return Ok(self.would_be(params, [size, min, max]));
@@ -161,8 +162,13 @@ impl Owner {
         if params.dry_run {
             return Ok(answer);
         }
-        if plan.to != negotiation.requested() {
-            self.store_requested(id, plan.to).map_err(|e| self.pool_fault(&e))?;
+        let now = self.clock.unix_ms(self.clock.now_ms());
+        let deadline = plan
+            .deadline_ms
+            .filter(|_| plan.to < plan.from)
+            .map(|ms| Deadline { unix_ms: now.saturating_add(ms), on_timeout: plan.on_timeout });
+        if plan.to != negotiation.requested() || deadline.is_some() {
+            self.store_requested(id, plan.to, deadline).map_err(|e| self.pool_fault(&e))?;
         }
         info!(
             device = params.name,
@@ -216,7 +222,9 @@ impl Owner {
             deadline_ms: params.deadline_ms.unwrap_or(old.deadline_ms),
             pull: params.pull.unwrap_or(old.pull),
         };
-        let attrs = VssdAttrs { min_blocks: min, policy: encode_policy(policy)?, ..device.vssd.attrs() };
+        let attrs = device.vssd.attrs();
+        let deadline = Stored::decode(&attrs.policy).unwrap_or_default().deadline;
+        let attrs = VssdAttrs { min_blocks: min, policy: encode(&Stored { policy, deadline })?, ..attrs };
         if total > old_total {
             self.pool.extend_vssd(id, total).map_err(|e| self.pool_fault(&e))?;
         }
@@ -405,8 +413,8 @@ impl Owner {
     }
 }
 
-fn encode_policy(policy: Policy) -> Answer<String> {
-    serde_json::to_string(&policy).map_err(|error| Fault::new(ErrorCode::Internal, error.to_string()))
+fn encode(stored: &Stored) -> Answer<String> {
+    stored.encode().map_err(|error| Fault::new(ErrorCode::Internal, error.to_string()))
 }
 
 fn pool_class(class: Class) -> vssd_pool::Class {
