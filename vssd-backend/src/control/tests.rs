@@ -609,6 +609,8 @@ fn deadline_of_a_resize_outlives_the_daemon() {
     let job = client.ok("job.list", json!({}))["jobs"][0].take();
     let left = job["deadline_ms"].as_u64().unwrap();
     assert!((200_000..=300_000).contains(&left), "{left} ms are left");
+    let mut guest = Guest::boot(&daemon, id);
+    guest.hello();
     let mut timed = timed;
     timed["on_timeout"] = json!("wait");
     client.ok("device.resize", timed);
