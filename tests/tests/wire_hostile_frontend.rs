@@ -174,8 +174,8 @@ fn a_running_queue_survives_or_ends_whatever_is_said_about_it() -> Result<()> {
         }
         // A monitor that starts over is served.
         machine.disconnect();
-        machine.begin_anew()?;
         machine.connect().with_context(|| format!("after {name}"))?;
+        machine.begin_anew()?;
         machine.run().with_context(|| format!("after {name}"))?;
         ensure!(machine.queue(0)?.read(0, 4096)?.is_ok(), "after {name}");
         machine = replaced(machine, &socket)?;
@@ -238,8 +238,8 @@ fn a_scribbled_inflight_region_harms_only_its_own_guest() -> Result<()> {
         // What is replayed is this guest's own; afterwards a driver starts over and is served.
         thread::sleep(Duration::from_millis(5));
         machine.disconnect();
-        machine.begin_anew()?;
         machine.connect()?;
+        machine.begin_anew()?;
         machine.run()?;
         ensure!(machine.queue(0)?.read(0, 4096)?.is_ok(), "round {round}");
         machine = replaced(machine, &site.socket("attacker"))?;

@@ -273,7 +273,8 @@ impl Machine {
         self.run()
     }
 
-    /// Rings and inflight region of a device that was reset.
+    /// Rings and inflight region of a device that was reset. The daemon must have let go of the old ones: after
+    /// [`Machine::stop_queue`] or, if the connection was cut, after [`Machine::connect`].
     pub fn begin_anew(&mut self) -> Result<()> {
         self.inflight = None;
         self.lost = false;
