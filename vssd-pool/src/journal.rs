@@ -28,6 +28,10 @@
 //! a new stretch beyond the highest number ever seen, from a new checkpoint, so that an ignored page
 //! can never be taken for a successor of a page written later.
 //!
+//! *The end of the process.* A guest outlives the daemon and goes on with the next one, so what was answered to it must
+//! outlive the daemon too, flushed or not. Before a lane answers, [`Journal::hand_over`] has written the records behind
+//! what it answers to the medium; only a flush waits for them to be durable.
+//!
 //! *Failure.* After a failed write or flush nothing is committed any more: what is on the medium is not
 //! known, so nothing may be acknowledged.
 
@@ -131,9 +135,16 @@ pub(crate) struct Journal {
     region: Region,
     pool: Uuid,
     ledger: Mutex<Ledger>,
-    /// Held during a commit; its content is the pages being written, in one piece.
-    commit: Mutex<Vec<u8>>,
+    /// Held while pages are written; its content is the pages being written, in one piece.
+    writing: Mutex<Vec<u8>>,
+    /// Held while the medium is flushed.
+    flushing: Mutex<()>,
+    /// The last page written.
+    written: AtomicU64,
     durable: AtomicU64,
+    /// How many changes were announced, and how many of those have their records on the medium.
+    announced: AtomicU64,
+    handed_over: AtomicU64,
     /// The oldest page that a valid checkpoint needs.
     needed_from: AtomicU64,
     /// The errno of the first failure, or 0.
@@ -155,8 +166,12 @@ impl Journal {
             region,
             pool,
             ledger: Mutex::new(Ledger { buffer: Buffer::new(next), blocks }),
-            commit: Mutex::new(Vec::new()),
+            writing: Mutex::new(Vec::new()),
+            flushing: Mutex::new(()),
+            written: AtomicU64::new(next - 1),
             durable: AtomicU64::new(next - 1),
+            announced: AtomicU64::new(0),
+            handed_over: AtomicU64::new(0),
             needed_from: AtomicU64::new(needed_from),
             failed: AtomicI32::new(0),
         }
@@ -215,31 +230,67 @@ impl Journal {
         }
     }
 
+    /// To be called under the ledger's lock before a map is changed whose record follows under the same lock: whoever
+    /// sees the change in the map then knows that there is something to hand over.
+    pub(crate) fn announce(&self, _ledger: &Ledger) {
+        self.announced.fetch_add(1, Ordering::Release);
+    }
+
+    /// Writes the records of every change announced so far to the medium, where they survive the end of this process.
+    /// Without a change it costs two loads.
+    pub(crate) fn hand_over(&self) -> Result<()> {
+        let wanted = self.announced.load(Ordering::Acquire);
+        if self.handed_over.load(Ordering::Acquire) >= wanted {
+            return Ok(());
+        }
+        let mut scratch = lock(&self.writing);
+        if self.handed_over.load(Ordering::Acquire) >= wanted {
+            return Ok(());
+        }
+        self.write_pages(&mut scratch)
+    }
+
     /// Makes everything up to `position` durable.
     pub(crate) fn commit(&self, position: u64) -> Result<()> {
         if self.durable() >= position {
             return Ok(());
         }
-        let mut scratch = lock(&self.commit);
+        // Whoever waits here is served by one flush.
+        let _flushing = lock(&self.flushing);
         self.health()?;
         if self.durable() >= position {
             return Ok(());
         }
-        let mut pages = {
+        self.write_pages(&mut lock(&self.writing))?;
+        let written = self.written.load(Ordering::Acquire);
+        if let Err(error) = self.store.sync() {
+            self.fail(&error);
+            return self.health();
+        }
+        self.durable.store(written, Ordering::Release);
+        Ok(())
+    }
+
+    /// Writes every page that has records. The caller holds `writing`, whose content is `scratch`.
+    fn write_pages(&self, scratch: &mut Vec<u8>) -> Result<()> {
+        self.health()?;
+        let (mut pages, announced) = {
             let mut ledger = self.ledger();
             ledger.buffer.seal();
-            std::mem::take(&mut ledger.buffer.sealed)
+            (std::mem::take(&mut ledger.buffer.sealed), self.announced.load(Ordering::Acquire))
         };
-        if let (Some(first), Some(last)) = (pages.first(), pages.last()) {
-            let (first, last) = (first.sequence, last.sequence);
-            if let Err(error) = self.write(&mut pages, first, &mut scratch) {
+        if let Some(last) = pages.last().map(|page| page.sequence) {
+            // All that a power cut can take until the next flush is one commit.
+            let first = self.durable() + 1;
+            if let Err(error) = self.write(&mut pages, first, scratch) {
                 self.fail(&error);
                 return self.health();
             }
-            self.durable.store(last, Ordering::Release);
+            self.written.store(last, Ordering::Release);
+            pages.truncate(8);
+            self.ledger().buffer.spare = pages;
         }
-        pages.truncate(8);
-        self.ledger().buffer.spare = pages;
+        self.handed_over.store(announced, Ordering::Release);
         Ok(())
     }
 
@@ -268,7 +319,7 @@ impl Journal {
         if !scratch.is_empty() {
             self.store.write_at(scratch_at, scratch)?;
         }
-        self.store.sync()
+        Ok(())
     }
 }
 
@@ -440,6 +491,46 @@ mod tests {
         journal.ledger().buffer.append(&record(201));
         assert_eq!(replayed(&store, 1).unwrap(), (1..=200).collect::<Vec<_>>());
         assert_eq!(journal.durable(), 3);
+    }
+
+    #[test]
+    fn what_was_handed_over_outlives_the_process_and_is_durable_with_the_next_commit() {
+        let store = store();
+        let journal = journal(&store, 1);
+        commit_one(&journal, 1);
+        let change = |n| {
+            let mut ledger = journal.ledger();
+            journal.announce(&ledger);
+            ledger.buffer.append(&record(n))
+        };
+        for n in 2..=4 {
+            change(n);
+            journal.hand_over().unwrap();
+            assert_eq!(replayed(&store, 1).unwrap(), (1..=n).collect::<Vec<_>>());
+        }
+        assert_eq!(journal.durable(), 1);
+        let position = journal.ledger().buffer.position();
+        journal.commit(position).unwrap();
+        assert_eq!(journal.durable(), 4);
+        journal.hand_over().unwrap();
+        assert_eq!(journal.ledger().buffer.position(), 4, "nothing new, nothing written");
+    }
+
+    #[test]
+    fn pages_that_were_only_handed_over_are_one_commit_to_a_power_cut() {
+        let store = store();
+        let journal = journal(&store, 1);
+        commit_one(&journal, 1);
+        for n in 2..=4 {
+            let mut ledger = journal.ledger();
+            journal.announce(&ledger);
+            ledger.buffer.append(&record(n));
+            drop(ledger);
+            journal.hand_over().unwrap();
+        }
+        // Of pages 2, 3 and 4 the power cut took the first.
+        store.zero(page_at(2), PAGE as u64).unwrap();
+        assert_eq!(replayed(&store, 1).unwrap(), [1]);
     }
 
     #[test]

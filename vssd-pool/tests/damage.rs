@@ -139,9 +139,12 @@ fn pages_of_a_commit_cut_short_never_come_back() {
     let pool = Pool::open_on(&open_options(false), sim.stores()).unwrap();
     let vssd = pool.vssd_by_name("a").unwrap();
     let mut io = Io::new(&pool);
+    // As one batch, for each batch writes its records: the flush then makes them durable in one commit.
+    io.lane.begin_batch();
     for block in 0..u64::from(BLOCKS) {
         io.discard(&vssd, block * B, B).unwrap();
     }
+    io.lane.end_batch();
     io.flush(&vssd).unwrap();
     std::mem::forget((io, pool));
     let mut images = sim.images();

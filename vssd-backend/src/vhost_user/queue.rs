@@ -193,7 +193,8 @@ impl ActiveQueue {
         self.ring.disable_kick();
         let mut budget = BATCH;
         lane.begin_batch();
-        while budget > 0 {
+        // Answers are published by the batch: no sooner than the lane says that what they tell outlives this process.
+        while budget > 0 && !self.ring.is_batch_full() {
             let head = match self.replay.pop() {
                 Some(head) => head,
                 None => match self.ring.available() {
@@ -209,13 +210,14 @@ impl ActiveQueue {
             self.take(head, lane, sink);
             budget -= 1;
         }
+        let more = budget == 0 || self.ring.is_batch_full();
         lane.end_batch();
         self.ring.publish();
         if self.broken {
             self.ring.enable_kick();
             return false;
         }
-        budget == 0 || self.ring.enable_kick()
+        more || self.ring.enable_kick()
     }
 
     fn take(&mut self, head: u16, lane: &mut Lane, sink: &Arc<dyn ReplySink>) {

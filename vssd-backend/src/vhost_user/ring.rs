@@ -221,6 +221,9 @@ impl Ring {
 
     /// Writes a used entry. It becomes visible to the driver with [`Self::publish`].
     pub fn push_used(&mut self, head: u16, len: u32) {
+        if self.is_batch_full() {
+            self.publish();
+        }
         let slot = usize::from(self.next_used.wrapping_add(self.batch_len()) & self.mask());
         let entry = self.used.wrapping_add(4 + 8 * slot);
         // SAFETY: the slot lies within the used ring checked by `locate`; raw writes, for the guest may look.
@@ -229,13 +232,15 @@ impl Ring {
             entry.add(4).cast::<u32>().write_volatile(len.to_le());
         }
         self.batch.push(head);
-        if self.batch.len() == usize::from(self.spec.size) {
-            self.publish();
-        }
+    }
+
+    /// Whether as many entries as the ring has wait to be published.
+    pub fn is_batch_full(&self) -> bool {
+        self.batch.len() == usize::from(self.spec.size)
     }
 
     fn batch_len(&self) -> u16 {
-        // At most `size` entries: `push_used` publishes a full batch.
+        // At most `size` entries: `push_used` publishes a full batch first.
         u16::try_from(self.batch.len()).unwrap_or(self.spec.size)
     }
 

@@ -60,7 +60,8 @@ impl Lane {
         self.work.enter(&self.core);
     }
 
-    /// Submits what the batch prepared.
+    /// Submits what the batch prepared. What its requests changed survives the end of this process from here on, so
+    /// what they returned is not to be told to anyone before.
     pub fn end_batch(&mut self) {
         self.work.end_batch(&self.core);
     }

@@ -136,6 +136,7 @@ impl Work {
             let refilled = core.refill(&mut ledger);
             if let Some(physical) = taken {
                 let entry = Entry::mapped(physical);
+                core.journal.announce(&ledger);
                 if vssd.map().exchange(block, Entry::EMPTY, entry).is_err() {
                     ledger.blocks.put_back(physical, vssd.class());
                     return Err(Stop::Wait(Why::Fence));
@@ -327,6 +328,7 @@ impl Work {
                 core.keeper_bell.ring();
                 return Err(Stop::Wait(Why::Journal));
             }
+            core.journal.announce(&ledger);
             let class = job.vssd.class();
             let mut position = 0;
             let mut run = at;

@@ -248,6 +248,10 @@ impl Work {
         }
         if let Some(parity) = self.section.take() {
             core.grace.leave(self.slot, parity);
+            // A failure is remembered by the journal, and met by the next change and the next flush.
+            if let Err(error) = core.journal.hand_over() {
+                tracing::debug!(%error, "records stay in memory");
+            }
         }
     }
 
