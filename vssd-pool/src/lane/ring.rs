@@ -11,6 +11,7 @@ use std::os::fd::AsRawFd;
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::iov;
+use super::work::WARM;
 use crate::store::{AlignedBuf, RingTarget};
 use crate::types::{IoError, MediumKind};
 
@@ -111,9 +112,9 @@ impl Ring {
         Ok(Self {
             ring,
             targets,
-            parts: Vec::new(),
-            free: Vec::new(),
-            unqueued: Vec::new(),
+            parts: Vec::with_capacity(WARM),
+            free: Vec::with_capacity(WARM),
+            unqueued: Vec::with_capacity(WARM),
             in_flight: 0,
             #[cfg(test)]
             longest: None,
@@ -133,7 +134,7 @@ impl Ring {
                 offset: 0,
                 left: 0,
                 total: 0,
-                iov: Vec::new(),
+                iov: Vec::with_capacity(8),
                 at: 0,
                 bounce: None,
                 copy_to: Vec::new(),

@@ -19,6 +19,10 @@ use crate::store::AlignedBuf;
 use crate::types::{IoError, MediumKind, Submitted};
 use crate::vssd::Vssd;
 
+/// What a lane has room for from the start: how many requests are under way at once depends on the medium's pace, and
+/// a list that grows in mid-flight allocates.
+pub(super) const WARM: usize = 256;
+
 /// How one request ended.
 pub(super) type Outcome = Result<(), IoError>;
 
@@ -102,14 +106,14 @@ impl Work {
             slot,
             section: None,
             ring: None,
-            requests: Vec::new(),
-            free: Vec::new(),
+            requests: Vec::with_capacity(WARM),
+            free: Vec::with_capacity(WARM),
             open: 0,
             flushes: Vec::new(),
             parked: VecDeque::new(),
             look_again: false,
-            ready: Vec::new(),
-            resolved: Vec::new(),
+            ready: Vec::with_capacity(WARM),
+            resolved: Vec::with_capacity(WARM),
             zeroes: None,
         }
     }
