@@ -9,6 +9,7 @@
  *	vssd_hints.c	the queue of blocks that user space would rather lose
  *	vssd_cache.c	page cache over a range of blocks
  *	vssd_resize.c	the work item that converges to the requested size
+ *	vssd_shrink.c	what it does to give blocks up
  *	vssd_proc.c	/proc/vssd
  *	vssd_sysfs.c	/sys/block/<disk>/vssd, uevents
  *
@@ -348,9 +349,15 @@ void vssd_resize_start(struct vssd *vssd);
 void vssd_resize_stop(struct vssd *vssd);
 void vssd_resize_kick(struct vssd *vssd);
 void vssd_tidy_soon(struct vssd *vssd);
+bool vssd_interrupted(const struct vssd *vssd);
+void vssd_set_state(struct vssd *vssd, enum vssd_state state);
+void vssd_adopt(struct vssd *vssd, const struct vssd_news *news);
 int vssd_begin_session(struct vssd *vssd);
 int vssd_extend(struct vssd *vssd, u32 total);
 int vssd_resync(struct vssd *vssd);
+
+/* vssd_shrink.c */
+int vssd_shrink(struct vssd *vssd);
 
 /* vssd_proc.c */
 int vssd_proc_init(void);
