@@ -4,6 +4,7 @@
 
 use serde_json::{Value, json};
 use vssd_protocol::control::{ErrorCode, ErrorData, RpcError};
+use vssd_protocol::units::ByteCount;
 
 use super::negotiation::Refusal;
 
@@ -35,8 +36,11 @@ impl Fault {
     }
 
     pub fn pool_full(requested_bytes: u64, available_bytes: u64) -> Self {
-        let message =
-            format!("the pool can promise {available_bytes} more bytes, {requested_bytes} more are needed");
+        let message = format!(
+            "the pool can promise {} more, {} more are needed",
+            ByteCount(available_bytes),
+            ByteCount(requested_bytes)
+        );
         Self::new(ErrorCode::PoolFull, message)
             .hint("balloon-ctl pool status shows who holds what; shrink or delete a vSSD first")
             .detail(json!({ "requested_bytes": requested_bytes, "available_bytes": available_bytes }))

@@ -95,8 +95,8 @@ impl Refusal {
 
     pub fn hint(self) -> &'static str {
         match self {
-            Self::BelowMin { .. } => "lower the minimum size first (device.limits)",
-            Self::AboveMax { .. } => "raise the maximum size first (device.limits)",
+            Self::BelowMin { .. } => "lower the minimum size first: balloon-ctl limits NAME --min SIZE",
+            Self::AboveMax { .. } => "raise the maximum size first: balloon-ctl limits NAME --max SIZE",
             Self::Conflict { .. } => "look at the size again and decide anew",
             Self::InUse { .. } => {
                 "trim unused space in the guest (fstrim), load the vSSD driver there, or use force and lose the data"
