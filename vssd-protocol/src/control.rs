@@ -241,7 +241,7 @@ pub struct ServerInfo {
     pub max_line_bytes: u64,
 }
 
-/// `device.show`, `device.evicted` and whatever else takes just a name.
+/// `device.show` and whatever else takes just a name.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NameParams {
@@ -387,13 +387,33 @@ pub struct DeviceInfo {
     pub io: IoCounters,
 }
 
-/// Answer to `device.evicted`: the unplugged blocks, ascending.
+/// `device.evicted`. Answer: [`EvictedRanges`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvictedParams {
+    pub name: String,
+    /// The first block to look at.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub start: u32,
+}
+
+fn is_zero(value: &u32) -> bool {
+    *value == 0
+}
+
+/// Unplugged blocks, ascending, at most [`MAX_EVICTED`] ranges.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EvictedRanges {
     pub name: String,
     pub block_size_bytes: u64,
     pub ranges: Vec<BlockRange>,
+    /// Where to go on; absent once the list is complete.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<u32>,
 }
+
+/// Ranges in one answer to `device.evicted`: what fits a line with room to spare.
+pub const MAX_EVICTED: usize = 16384;
 
 /// `device.create`. Answer: [`DeviceInfo`].
 #[derive(Clone, Debug, Serialize, Deserialize)]

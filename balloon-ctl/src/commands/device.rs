@@ -7,8 +7,8 @@ use std::cmp::Reverse;
 use serde::Serialize;
 use serde_json::Value;
 use vssd_protocol::control::{
-    CreateParams, DeleteParams, DeviceInfo, DeviceList, DriverKind, EvictedRanges, LimitsParams, NameParams,
-    method,
+    CreateParams, DeleteParams, DeviceInfo, DeviceList, DriverKind, EvictedParams, EvictedRanges,
+    LimitsParams, NameParams, method,
 };
 
 use super::{Session, require_terminal};
@@ -196,8 +196,24 @@ pub(super) fn limits(session: &Session, args: LimitsArgs) -> Result<()> {
 }
 
 pub(super) fn evicted(session: &Session, name: String) -> Result<()> {
-    let answer: Answer<EvictedRanges> =
-        session.connect()?.call(method::DEVICE_EVICTED, &NameParams { name })?;
+    let mut client = session.connect()?;
+    let mut params = EvictedParams { name, start: 0 };
+    let mut answer: Answer<EvictedRanges> = client.call(method::DEVICE_EVICTED, &params)?;
+    // Each page begins behind the one before, so the list has an end.
+    while let Some(next) = answer.typed.next.take().filter(|next| *next > params.start) {
+        params.start = next;
+        let mut page: Answer<EvictedRanges> = client.call(method::DEVICE_EVICTED, &params)?;
+        answer.typed.ranges.append(&mut page.typed.ranges);
+        answer.typed.next = page.typed.next;
+        if let (Some(Value::Array(all)), Some(Value::Array(more))) =
+            (answer.raw.get_mut("ranges"), page.raw.get_mut("ranges"))
+        {
+            all.append(more);
+        }
+    }
+    if let Value::Object(members) = &mut answer.raw {
+        members.remove("next");
+    }
     let out = &session.out;
     if out.json {
         return out.object([("evicted", answer.raw)]);

@@ -338,6 +338,30 @@ BLOCK       COUNT  OFFSET     SIZE
     );
 }
 
+#[test]
+fn evicted_goes_on_where_an_answer_ended() {
+    let page = |start: u32, next: Value| {
+        let mut page = json!({
+            "name": "vm1-data", "block_size_bytes": 65536, "ranges": [{"start": start, "count": 1}]
+        });
+        if !next.is_null() {
+            page["next"] = next;
+        }
+        page
+    };
+    let steps = vec![
+        ok("device.evicted", json!({"name": "vm1-data"}), page(1, json!(7))),
+        ok("device.evicted", json!({"name": "vm1-data", "start": 7}), page(7, Value::Null)),
+    ];
+    assert_eq!(
+        ctl(steps, &["evicted", "vm1-data", "--json"]).json(),
+        json!({"schema": "vssd.v1", "evicted": {
+            "name": "vm1-data", "block_size_bytes": 65536,
+            "ranges": [{"start": 1, "count": 1}, {"start": 7, "count": 1}]
+        }})
+    );
+}
+
 fn attach(vmm: &str) -> String {
     ctl(show(vm1()), &["attach-info", "vm1-data", "--for", vmm]).printed()
 }

@@ -84,8 +84,14 @@ impl Operator {
 
     /// The blocks that the daemon holds for unplugged.
     pub fn evicted(&mut self, name: &str) -> Result<Vec<BlockRange>> {
-        let answer: EvictedRanges = self.call(method::DEVICE_EVICTED, &json!({ "name": name }))?;
-        Ok(answer.ranges)
+        let (mut ranges, mut next) = (Vec::new(), Some(0));
+        while let Some(start) = next {
+            let params = json!({ "name": name, "start": start });
+            let mut answer: EvictedRanges = self.call(method::DEVICE_EVICTED, &params)?;
+            ranges.append(&mut answer.ranges);
+            next = answer.next;
+        }
+        Ok(ranges)
     }
 
     /// Makes a vSSD; `more` is added to the parameters.

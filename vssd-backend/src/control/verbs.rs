@@ -6,8 +6,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use vssd_protocol::control::{
-    DeviceList, ErrorCode, HelloParams, JobList, JobParams, JobWaitParams, MAX_LINE, NameParams, SCHEMA,
-    ServerInfo, SubscribeParams, method,
+    DeviceList, ErrorCode, EvictedParams, HelloParams, JobList, JobParams, JobWaitParams, MAX_LINE,
+    NameParams, SCHEMA, ServerInfo, SubscribeParams, method,
 };
 
 use super::fault::Fault;
@@ -160,8 +160,8 @@ fn dispatch(owner: &mut Owner, door: Door, actor: Actor, call: Call) -> Result<O
             success(&id, &owner.show(&name)?)
         }
         method::DEVICE_EVICTED => {
-            let NameParams { name } = read(params)?;
-            success(&id, &owner.evicted(&name)?)
+            let EvictedParams { name, start } = read(params)?;
+            success(&id, &owner.evicted(&name, start)?)
         }
         method::DEVICE_CREATE => success(&id, &owner.create(&read(params)?, actor)?),
         method::DEVICE_DELETE => {

@@ -7,8 +7,8 @@ use tracing::{error, info};
 use vssd_pool::{MediumKind, VssdAttrs, VssdId, VssdSpec, VssdStats};
 use vssd_protocol::control::{
     Class, CreateParams, DeleteParams, DeviceInfo, DeviceState, DriverInfo, DriverKind, ErrorCode,
-    EvictedRanges, FrontendInfo, IoCounters, JobInfo, LimitsParams, MediumInfo, Policy, PoolStatus,
-    ResizeAnswer, ResizeParams, is_valid_name,
+    EvictedRanges, FrontendInfo, IoCounters, JobInfo, LimitsParams, MAX_EVICTED, MediumInfo, Policy,
+    PoolStatus, ResizeAnswer, ResizeParams, is_valid_name,
 };
 use vssd_protocol::units::ByteCount;
 
@@ -31,13 +31,14 @@ impl Owner {
         Ok(self.describe(id, device, self.pool.info().failed))
     }
 
-    pub fn evicted(&self, name: &str) -> Answer<EvictedRanges> {
+    /// The unplugged blocks from `start` on, as many ranges as an answer takes.
+    pub fn evicted(&self, name: &str, start: u32) -> Answer<EvictedRanges> {
         let (_, device) = self.find(name)?;
-        Ok(EvictedRanges {
-            name: name.to_owned(),
-            block_size_bytes: device.vssd.block_size().bytes(),
-            ranges: pick::gaps(&device.vssd),
-        })
+        let mut ranges = pick::gaps(&device.vssd, start);
+        let next = ranges.get(MAX_EVICTED).map(|range| range.start);
+        ranges.truncate(MAX_EVICTED);
+        let block_size_bytes = device.vssd.block_size().bytes();
+        Ok(EvictedRanges { name: name.to_owned(), block_size_bytes, ranges, next })
     }
 
     pub fn create(&mut self, params: &CreateParams, actor: Actor) -> Answer<DeviceInfo> {

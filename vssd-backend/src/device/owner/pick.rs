@@ -68,17 +68,17 @@ pub(super) fn to_take(vssd: &Vssd, blocks: u32, pick: Pick) -> Picked {
     Picked { ranges, with_data }
 }
 
-/// All runs of unplugged blocks, ascending.
-pub(super) fn gaps(vssd: &Vssd) -> Vec<BlockRange> {
-    let all = [BlockRange::new(0, vssd.total_blocks())];
-    difference(&all, &runs(vssd, 0, false))
+/// All runs of unplugged blocks from `start` on, ascending.
+pub(super) fn gaps(vssd: &Vssd, start: u32) -> Vec<BlockRange> {
+    let all = [BlockRange::new(start, vssd.total_blocks().saturating_sub(start))];
+    difference(&all, &runs(vssd, start, false))
 }
 
 /// The lowest `blocks` unplugged blocks.
 pub(super) fn to_give(vssd: &Vssd, blocks: u32) -> Vec<BlockRange> {
     let mut left = blocks;
     let mut ranges = Vec::new();
-    for gap in gaps(vssd) {
+    for gap in gaps(vssd, 0) {
         if left == 0 || ranges.len() == MAX_PICKED {
             break;
         }
