@@ -17,6 +17,8 @@ use vssd_tests::serial::guest_slot;
 
 const NAME: &str = "vm1";
 const SEED: u64 = 0x10ad;
+/// How often the daemon is killed.
+const KILLS: u64 = 10;
 /// How long verified I/O runs beside the resizes.
 const LOAD: Duration = Duration::from_secs(15);
 
@@ -104,14 +106,14 @@ fn killing_the_daemon_under_load_costs_no_request_and_no_byte() -> Result<()> {
     guest.ok(&format!("echo hints > /sys/block/{}/vssd/nominate", disk.name))?;
     let load = start_load(&mut guest, &disk)?;
     let mut evicted = 0;
-    for kill in 0..5 {
+    for kill in 0..KILLS {
         // Every kill hits a shrink in progress: only part of what is asked for is hinted at first.
-        let start = half + kill * 256;
+        let start = half + kill * 160;
         disk.hint(&mut guest, &[(start, 64)])?;
         let bytes = (128 * disk.block_size).to_string();
         host.ctl.ok(&["shrink", NAME, &bytes, "--no-wait", "--deadline", "300s"])?;
         host.daemon.kill()?;
-        std::thread::sleep(Duration::from_millis(200 * kill));
+        std::thread::sleep(Duration::from_millis(100 * kill));
         host.daemon.start()?;
         disk.hint(&mut guest, &[(start, 64), (start + 64, 64)])?;
         evicted += 128;
@@ -121,7 +123,7 @@ fn killing_the_daemon_under_load_costs_no_request_and_no_byte() -> Result<()> {
     let rounds = end_load(&mut guest, &load)?;
     let guests = scenario::normal(disk.evicted(&mut guest)?);
     ensure!(guests == scenario::normal(host.evicted(NAME)?), "the two sides disagree");
-    println!("PASS 5 kills under load and in mid-shrink … {rounds} rounds of fio, no error");
+    println!("PASS {KILLS} kills under load and in mid-shrink … {rounds} rounds of fio, no error");
     guest.expect_quiet_kernel()?;
     guest.power_off()?;
     host.finish()
