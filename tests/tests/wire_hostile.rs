@@ -379,6 +379,8 @@ fn features_that_were_not_accepted_are_refused() -> Result<()> {
         scene.send(head)?;
         ensure!(scene.status() == S_UNSUPP, "type {kind}: {}", scene.status());
     }
+    let errors = scene.site.operator.show("attacker")?.io.errors;
+    ensure!(errors == 2, "two refused requests, {errors} errors counted");
     scene.expect_good("refused features")?;
     scene.end()
 }

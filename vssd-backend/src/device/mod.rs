@@ -136,6 +136,8 @@ pub struct FrontendStatus {
     pub pid: Option<i32>,
     pub queues: u32,
     pub connections: u64,
+    /// Requests that were refused or failed since the daemon started; those that met unplugged blocks are not among them.
+    pub errors: u64,
     pub socket_path: PathBuf,
 }
 

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -67,6 +67,7 @@ struct SocketServer {
     thread: Option<JoinHandle<()>>,
     stop: Arc<Stop>,
     shared: Arc<Shared>,
+    device: Arc<DeviceContext>,
     path: PathBuf,
 }
 
@@ -172,6 +173,7 @@ impl Frontends for VhostUserFrontends {
                 vssd: Arc::clone(vssd),
                 serial: id,
                 owner: self.owner.clone(),
+                errors: AtomicU64::new(0),
             }),
             shared: Arc::clone(&shared),
             workers: Arc::clone(&self.workers),
@@ -190,6 +192,7 @@ impl Frontends for VhostUserFrontends {
             Endpoint::Connection(_) => self.finished.take(),
             Endpoint::Listener(_) => None,
         };
+        let device = Arc::clone(&context.device);
         let body = {
             let stop = Arc::clone(&stop);
             move || {
@@ -204,7 +207,7 @@ impl Frontends for VhostUserFrontends {
             .spawn(body)
             .map_err(FrontendError::Thread)?;
         info!(device = vssd.name(), socket = %path.display(), "serving");
-        self.servers.insert(vssd.id(), SocketServer { thread: Some(thread), stop, shared, path });
+        self.servers.insert(vssd.id(), SocketServer { thread: Some(thread), stop, shared, device, path });
         Ok(())
     }
 
@@ -222,7 +225,9 @@ impl Frontends for VhostUserFrontends {
 
     fn status(&self, device: VssdId) -> FrontendStatus {
         self.servers.get(&device).map_or_else(FrontendStatus::default, |server| {
-            server.shared.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+            let mut status = server.shared.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            status.errors = server.device.errors.load(Ordering::Relaxed);
+            status
         })
     }
 }

@@ -12,6 +12,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
 use tracing::debug;
@@ -36,6 +37,8 @@ pub struct DeviceContext {
     /// Padded with NUL.
     pub serial: [u8; ID_LEN],
     pub owner: OwnerHandle,
+    /// Requests that were refused or failed, but for those that met unplugged blocks.
+    pub errors: AtomicU64,
 }
 
 impl DeviceContext {
@@ -233,6 +236,7 @@ impl ActiveQueue {
         }
         if let Err(error) = chain::walk(&self.ring, head, &mut self.segments) {
             debug!(device = self.device.vssd.name(), head, %error, "malformed chain");
+            self.count_error();
             self.ring.push_used(head, 0);
             return;
         }
@@ -243,6 +247,7 @@ impl ActiveQueue {
         };
         if let Err(reject) = self.begin(head, status, lane, sink) {
             debug!(device = self.device.vssd.name(), head, %reject, "request refused");
+            self.count_error();
             self.answer(head, status, execute::status_of_reject(reject), 0);
         }
     }
@@ -383,9 +388,16 @@ impl ActiveQueue {
     fn answer_io(&mut self, head: u16, status: *mut u8, data_len: u32, result: Result<(), IoError>) {
         if let Err(error) = result {
             debug!(device = self.device.vssd.name(), head, ?error, "request failed");
+            if error != IoError::Evicted {
+                self.count_error();
+            }
         }
         let written = if result.is_ok() { data_len } else { 0 };
         self.answer(head, status, execute::status(result), written);
+    }
+
+    fn count_error(&self) {
+        self.device.errors.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Answers the chain `head`: the one place where a status byte is written.

@@ -383,7 +383,7 @@ impl Owner {
                 connections: frontend.connections,
             },
             job: negotiation.job(),
-            io: io_counters(&vssd.stats()),
+            io: io_counters(&vssd.stats(), frontend.errors),
         }
     }
 
@@ -434,7 +434,7 @@ fn control_class(class: vssd_pool::Class) -> Class {
     }
 }
 
-fn io_counters(stats: &VssdStats) -> IoCounters {
+fn io_counters(stats: &VssdStats, errors: u64) -> IoCounters {
     IoCounters {
         reads: stats.reads,
         read_bytes: stats.bytes_read.iter().sum(),
@@ -442,7 +442,7 @@ fn io_counters(stats: &VssdStats) -> IoCounters {
         written_bytes: stats.bytes_written.iter().sum(),
         flushes: stats.flushes,
         discards: stats.discards,
-        errors: 0,
+        errors,
         evicted: stats.evicted,
     }
 }
