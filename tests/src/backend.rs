@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::paths;
-use crate::process::{Daemon, tail};
+use crate::process::{self, Daemon, tail};
 use crate::qemu::listening;
 use crate::wait::Deadline;
 
@@ -218,9 +218,10 @@ pub fn control_socket(runtime: &Path) -> PathBuf {
     runtime.join("control.sock")
 }
 
-/// The monitor socket of a pool daemon.
-pub fn monitor_socket(runtime: &Path) -> PathBuf {
-    runtime.join("monitor.sock")
+/// `vssd-backend pool …`; gives what it printed.
+pub fn pool_command(args: &[&str]) -> Result<String> {
+    let program = paths::artifact("vssd-backend", "vssd-backend")?;
+    process::run(Command::new(program).arg("pool").args(args))
 }
 
 /// The vhost-user socket of one vSSD of a pool daemon.

@@ -136,11 +136,6 @@ impl Guest {
         self.wait(&job, COMMAND)?.check().map(drop)
     }
 
-    /// Reads a file of the guest.
-    pub fn read_file(&mut self, path: &str) -> Result<Vec<u8>> {
-        Ok(self.sh(&format!("cat '{path}'"))?.check()?.stdout)
-    }
-
     /// The guest's name (`vda`) of machine disk number `index`, in the order of [`crate::qemu::Qemu::disk`], whichever
     /// driver serves it.
     pub fn disk(&mut self, index: usize) -> Result<String> {

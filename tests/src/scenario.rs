@@ -9,13 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::backend::{Backend, control_socket, device_socket};
+use crate::backend::{Backend, control_socket, device_socket, pool_command};
 use crate::ctl::Ctl;
 use crate::guest::Guest;
 use crate::image::{GuestImage, ImageBuilder};
 use crate::kernel::Kernel;
 use crate::paths;
-use crate::process;
 use crate::scratch::Scratch;
 use crate::wait::Deadline;
 
@@ -45,17 +44,21 @@ pub enum Medium {
     Ssd,
 }
 
+impl Medium {
+    /// The option of `vssd-backend pool create`.
+    pub fn option(self) -> &'static str {
+        match self {
+            Self::Nvram => "--nvram",
+            Self::Ssd => "--ssd",
+        }
+    }
+}
+
 impl PoolHost {
     /// Makes a pool of `size` (`2G`) and serves it.
     pub fn new(scratch: &Scratch, medium: Medium, size: &str) -> Result<Self> {
         let pool = scratch.join("pool");
-        let option = match medium {
-            Medium::Nvram => "--nvram",
-            Medium::Ssd => "--ssd",
-        };
-        let mut create = std::process::Command::new(paths::artifact("vssd-backend", "vssd-backend")?);
-        create.args(["pool", "create", option, &format!("{}:{size}", pool.display())]);
-        process::run(&mut create)?;
+        pool_command(&["create", medium.option(), &format!("{}:{size}", pool.display())])?;
         let runtime = scratch.join("run");
         let daemon = Backend::pool(&[&pool], &runtime, &scratch.join("backend.log"))?.started()?;
         Ok(Self { daemon, ctl: Ctl::new(&control_socket(&runtime))?, pool, runtime })
@@ -94,8 +97,7 @@ impl PoolHost {
 
     /// `vssd-backend pool check`.
     pub fn check(&self) -> Result<()> {
-        let mut check = std::process::Command::new(paths::artifact("vssd-backend", "vssd-backend")?);
-        process::run(check.args(["pool", "check"]).arg(&self.pool)).map(drop)
+        pool_command(&["check", &self.pool.to_string_lossy()]).map(drop)
     }
 }
 

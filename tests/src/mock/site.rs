@@ -3,7 +3,6 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -11,9 +10,7 @@ use serde_json::json;
 use super::driver::Driver;
 use super::machine::{Machine, Options};
 use super::operator::Operator;
-use crate::backend::{Backend, control_socket, device_socket};
-use crate::paths;
-use crate::process;
+use crate::backend::{Backend, control_socket, device_socket, pool_command};
 use crate::scenario::Medium;
 use crate::scratch::Scratch;
 
@@ -31,12 +28,6 @@ pub struct Site {
     scratch: Scratch,
 }
 
-/// `vssd-backend pool …`; gives what it printed.
-fn pool_command(args: &[&str]) -> Result<String> {
-    let program = paths::artifact("vssd-backend", "vssd-backend")?;
-    process::run(Command::new(program).arg("pool").args(args))
-}
-
 fn daemon(media: &Path, runtime: &Path, log: &Path, serve: &[&str]) -> Result<Backend> {
     let daemon = Backend::pool(&[media], runtime, log)?.args(serve.iter().copied());
     Ok(daemon.env("VSSD_LOG", "debug"))
@@ -50,14 +41,14 @@ impl Site {
 
     /// As [`Site::new`], with further arguments for `pool create` and the daemon.
     pub fn with(medium: Medium, mib: u64, create: &[&str], serve: &[&str]) -> Result<Self> {
-        let (scratch, option) = match medium {
-            Medium::Nvram => (Scratch::new()?, "--nvram"),
-            Medium::Ssd => (Scratch::on_disk()?, "--ssd"),
+        let scratch = match medium {
+            Medium::Nvram => Scratch::new()?,
+            Medium::Ssd => Scratch::on_disk()?,
         };
         let media = scratch.join("pool");
         // Made beforehand, so that a large pool takes no more memory than what is written to it.
         File::create(&media)?.set_len(mib * MIB)?;
-        pool_command(&[&["create", option, &media.to_string_lossy()], create].concat())?;
+        pool_command(&[&["create", medium.option(), &media.to_string_lossy()], create].concat())?;
         let runtime = scratch.join("run");
         let daemon = daemon(&media, &runtime, &scratch.join("log"), serve)?.started()?;
         let operator = Operator::connect(&control_socket(&runtime))?;
