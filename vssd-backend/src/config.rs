@@ -9,6 +9,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
@@ -17,6 +18,8 @@ use vssd_protocol::units::ByteCount;
 /// Queues that a front-end may use on one vSSD.
 const DEFAULT_QUEUES: u16 = 16;
 const MAX_QUEUES: u16 = 256;
+/// Off: a processor spent on looking is one that a guest does not have.
+const DEFAULT_POLL_US: u16 = 0;
 
 /// Serves resizable virtual SSDs (vSSDs) from one pool over vhost-user.
 ///
@@ -130,6 +133,9 @@ pub struct ServeArgs {
     /// Queues that a front-end may use on one vSSD
     #[arg(long, value_name = "N")]
     pub queues: Option<u16>,
+    /// How long a thread may look for work before it sleeps, in microseconds; adapts to the load, 0 means never
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub poll_us: Option<u16>,
     #[arg(long, value_enum)]
     pub log_format: Option<LogFormat>,
     /// error, warn, info, debug or trace, or a filter such as vssd_pool=debug
@@ -177,6 +183,7 @@ struct ServerSection {
     socket_group: Option<String>,
     workers: Option<NonZeroUsize>,
     queues: Option<u16>,
+    poll_us: Option<u16>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -219,6 +226,7 @@ pub struct Config {
     pub socket_group: Option<String>,
     pub workers: usize,
     pub queues: u16,
+    pub polling: Duration,
     pub read_only: bool,
     pub log_format: LogFormat,
     pub log_level: String,
@@ -295,6 +303,9 @@ impl ServeArgs {
             socket_group: self.socket_group.or(file.server.socket_group),
             workers: self.workers.or(file.server.workers).map_or(processors, NonZeroUsize::get),
             queues,
+            polling: Duration::from_micros(
+                self.poll_us.or(file.server.poll_us).unwrap_or(DEFAULT_POLL_US).into(),
+            ),
             read_only: self.read_only || file.pool.read_only,
             log_format: self.log_format.or(file.log.format).unwrap_or_default(),
             log_level: self.log_level.or(file.log.level).unwrap_or_else(|| "info".to_owned()),

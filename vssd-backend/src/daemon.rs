@@ -30,7 +30,8 @@ pub fn run(config: &Config) -> Result<()> {
     end_on_signals(shutdown.try_clone()?)?;
 
     let (pool, source) = open(config)?;
-    let workers = Workers::spawn(&pool, config.workers).context("cannot start the worker threads")?;
+    let workers =
+        Workers::spawn(&pool, config.workers, config.polling).context("cannot start the worker threads")?;
     let (owner, events, wake) = OwnerHandle::new().context("cannot make the owner's event queue")?;
     let options = FrontendOptions {
         source,

@@ -10,7 +10,8 @@
 //! * [`frontends`]: opens and closes the sockets, one thread for each vSSD.
 //! * [`session`]: one connection's life, the handler of vhost-user messages.
 //! * [`backend_channel`]: the descriptor for messages to the front-end, and how it is reached.
-//! * [`worker`]: a fixed pool of threads; each owns its queues, an epoll set and a pool lane.
+//! * [`worker`]: a fixed pool of threads; each owns its queues, an epoll set and a pool lane. [`poller`]: how long it looks
+//!   for work before it sleeps.
 //! * [`queue`], [`ring`], [`chain`], [`inflight`], [`memory`]: what a worker works with.
 //!
 //! Nothing outside this module knows vhost, rings or guest addresses; nothing here knows blocks or sizes.
@@ -24,6 +25,7 @@ pub mod chain;
 pub mod frontends;
 pub mod inflight;
 pub mod memory;
+pub mod poller;
 pub mod queue;
 pub mod ring;
 pub mod session;

@@ -185,7 +185,7 @@ impl ActiveQueue {
         true
     }
 
-    /// Takes and starts up to a batch of chains. True if more may wait.
+    /// Takes and starts up to a batch of chains. True if more may wait; else the driver is still to be asked for a kick.
     pub fn process(&mut self, lane: &mut Lane, sink: &Arc<dyn ReplySink>, kicked: bool) -> bool {
         if self.stop.is_some() || (self.broken && !kicked) {
             return false;
@@ -216,11 +216,17 @@ impl ActiveQueue {
         let more = budget == 0 || self.ring.is_batch_full();
         lane.end_batch();
         self.ring.publish();
-        if self.broken {
-            self.ring.enable_kick();
-            return false;
-        }
-        more || self.ring.enable_kick()
+        more && !self.broken
+    }
+
+    /// Whether chains wait that a look, not a kick, has found.
+    pub fn has_chains(&self) -> bool {
+        self.stop.is_none() && !self.broken && matches!(self.ring.available(), Ok(1..))
+    }
+
+    /// Asks the driver for a kick at the next chain. True if one came meanwhile, which may bring none.
+    pub fn ask_for_kick(&mut self) -> bool {
+        self.stop.is_none() && self.ring.enable_kick() && !self.broken
     }
 
     fn take(&mut self, head: u16, lane: &mut Lane, sink: &Arc<dyn ReplySink>) {

@@ -10,13 +10,15 @@
 //!            └───────────────────────────────┘
 //! ```
 //!
-//! Workers share nothing but the pool: no lock is taken on the way of a request. With nothing to do a worker sleeps.
+//! Workers share nothing but the pool: no lock is taken on the way of a request. With nothing to do a worker sleeps; where work
+//! is expected soon, it first looks for it for a moment ([`Poller`]). While it looks, the drivers are not asked for kicks.
 
-use std::collections::HashMap;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{io, thread};
 
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -24,6 +26,7 @@ use tracing::{debug, error};
 use vssd_pool::{Lane, Pool};
 
 use super::memory::GuestMemory;
+use super::poller::Poller;
 use super::queue::{ActiveQueue, QueueStart, Stopped, split_token};
 use crate::device::ReplySink;
 
@@ -45,6 +48,8 @@ enum Command {
 #[derive(Debug)]
 struct Mailbox {
     commands: Mutex<Vec<Command>>,
+    /// Set while there are some; for a worker that is looking.
+    has_mail: AtomicBool,
     wake: OwnedFd,
 }
 
@@ -53,6 +58,7 @@ impl Mailbox {
         let first = {
             let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
             commands.push(command);
+            self.has_mail.store(true, Ordering::Relaxed);
             commands.len() == 1
         };
         if first {
@@ -63,7 +69,9 @@ impl Mailbox {
 
     fn take(&self, into: &mut Vec<Command>) {
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-        std::mem::swap(&mut *self.commands.lock().unwrap_or_else(PoisonError::into_inner), into);
+        let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
+        self.has_mail.store(false, Ordering::Relaxed);
+        std::mem::swap(&mut *commands, into);
     }
 }
 
@@ -139,17 +147,18 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts `count` threads, each with a lane of `pool`.
-    pub fn spawn(pool: &Arc<Pool>, count: usize) -> io::Result<Self> {
+    /// Starts `count` threads, each with a lane of `pool`, that look for work for up to `polling` before they sleep.
+    pub fn spawn(pool: &Arc<Pool>, count: usize, polling: Duration) -> io::Result<Self> {
         let mut workers = Self { handles: Vec::new(), threads: Vec::new() };
         for index in 0..count.max(1) {
             let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-            let mailbox = Arc::new(Mailbox { commands: Mutex::default(), wake });
+            let mailbox =
+                Arc::new(Mailbox { commands: Mutex::default(), has_mail: AtomicBool::new(false), wake });
             let handle = WorkerHandle { mailbox: Arc::clone(&mailbox) };
             let pool = Arc::clone(pool);
             let (ready, started) = mpsc::channel();
             // The lane is made on the thread that uses it: its io_uring accepts no other.
-            let body = move || match Worker::new(&pool, mailbox) {
+            let body = move || match Worker::new(&pool, mailbox, polling) {
                 Ok(mut worker) => {
                     let _ = ready.send(Ok(()));
                     if let Err(error) = worker.run() {
@@ -186,22 +195,48 @@ impl Drop for Workers {
     }
 }
 
+/// The queues of a worker, by key. Keys are given out in rising order, so the list is sorted as it grows.
+#[derive(Default)]
+struct Queues(Vec<ActiveQueue>);
+
+impl Queues {
+    fn get_mut(&mut self, key: u32) -> Option<&mut ActiveQueue> {
+        let at = self.0.binary_search_by_key(&key, ActiveQueue::key).ok()?;
+        self.0.get_mut(at)
+    }
+
+    fn insert(&mut self, queue: ActiveQueue) {
+        let at = self.0.partition_point(|other| other.key() < queue.key());
+        self.0.insert(at, queue);
+    }
+
+    fn remove(&mut self, key: u32) {
+        self.0.retain(|queue| queue.key() != key);
+    }
+}
+
 struct Worker {
     mailbox: Arc<Mailbox>,
     sink: Arc<dyn ReplySink>,
     epoll: OwnedFd,
     lane: Lane,
-    queues: HashMap<u32, ActiveQueue>,
+    queues: Queues,
+    poller: Poller,
     /// Queues with chains waiting: whether a kick said so.
     ready: Vec<(u32, bool)>,
+    /// Queues whose drivers were not asked for a kick since their chains were taken.
+    quiet: Vec<u32>,
     /// Queues that have answers to publish.
     answered: Vec<u32>,
     commands: Vec<Command>,
     exit: bool,
 }
 
+/// Rounds of work found by looking before the descriptors get their turn.
+const ROUNDS_WITHOUT_EPOLL: u32 = 16;
+
 impl Worker {
-    fn new(pool: &Arc<Pool>, mailbox: Arc<Mailbox>) -> io::Result<Self> {
+    fn new(pool: &Arc<Pool>, mailbox: Arc<Mailbox>, polling: Duration) -> io::Result<Self> {
         let lane = pool.lane().map_err(io::Error::other)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &mailbox.wake, epoll::EventData::new_u64(MAILBOX), epoll::EventFlags::IN)?;
@@ -212,8 +247,10 @@ impl Worker {
             sink,
             epoll,
             lane,
-            queues: HashMap::new(),
+            queues: Queues::default(),
+            poller: Poller::new(polling),
             ready: Vec::new(),
+            quiet: Vec::new(),
             answered: Vec::new(),
             commands: Vec::new(),
             exit: false,
@@ -221,30 +258,25 @@ impl Worker {
     }
 
     fn run(&mut self) -> io::Result<()> {
-        let mut events = Vec::with_capacity(64);
         let mut again = Vec::new();
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut rounds = 0;
         while !self.exit {
-            let timeout = (!self.ready.is_empty()).then_some(&now);
-            events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout) {
-                Ok(_) => {}
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(errno) => return Err(errno.into()),
+            if self.ready.is_empty() && !self.look() {
+                self.ask_for_kicks();
             }
-            for event in &events {
-                match event.data.u64() {
-                    MAILBOX => self.obey(),
-                    LANE => self.reap(),
-                    // Edge-triggered, so the kick's counter is never read.
-                    key => self.ready.push((u32::try_from(key).unwrap_or(u32::MAX), true)),
-                }
+            if self.ready.is_empty() || rounds >= ROUNDS_WITHOUT_EPOLL {
+                self.wait()?;
+                rounds = 0;
             }
+            rounds += 1;
             std::mem::swap(&mut self.ready, &mut again);
             for (key, kicked) in again.drain(..) {
-                if let Some(queue) = self.queues.get_mut(&key) {
-                    if queue.process(&mut self.lane, &self.sink, kicked) {
+                if let Some(queue) = self.queues.get_mut(key) {
+                    let more = queue.process(&mut self.lane, &self.sink, kicked);
+                    if more {
                         self.ready.push((key, false));
+                    } else if !self.quiet.contains(&key) {
+                        self.quiet.push(key);
                     }
                     self.answered.push(key);
                 }
@@ -254,14 +286,81 @@ impl Worker {
         Ok(())
     }
 
+    /// Waits for the descriptors, or only asks them if there is work already.
+    fn wait(&mut self) -> io::Result<()> {
+        const NOW: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let sleeps = self.ready.is_empty();
+        let since = (sleeps && self.poller.is_on()).then(Instant::now);
+        let mut events = [const { MaybeUninit::uninit() }; 64];
+        let events = match epoll::wait(&self.epoll, &mut events, (!sleeps).then_some(&NOW)) {
+            Ok((events, _)) => events,
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        };
+        if let Some(since) = since {
+            self.poller.slept(since.elapsed());
+        }
+        for event in events {
+            match event.data.u64() {
+                MAILBOX => self.obey(),
+                LANE => self.reap(),
+                // Edge-triggered, so the kick's counter is never read.
+                key => self.ready.push((u32::try_from(key).unwrap_or(u32::MAX), true)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for work for as long as that promises to be worth it. True if there was some.
+    fn look(&mut self) -> bool {
+        let window = self.poller.window();
+        if window.is_zero() || self.quiet.is_empty() {
+            return false;
+        }
+        let mut since = Instant::now();
+        loop {
+            for &key in &self.quiet {
+                if self.queues.get_mut(key).is_some_and(|queue| queue.has_chains()) {
+                    self.ready.push((key, false));
+                }
+            }
+            if self.lane.has_news() {
+                self.reap();
+                self.publish();
+                // The driver answers to answers.
+                since = Instant::now();
+            }
+            if self.mailbox.has_mail.load(Ordering::Relaxed) {
+                self.obey();
+            }
+            if !self.ready.is_empty() {
+                self.poller.found();
+                return true;
+            }
+            if since.elapsed() >= window {
+                return false;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Before a sleep. A chain that came meanwhile brings no kick: its queue is ready.
+    fn ask_for_kicks(&mut self) {
+        for key in self.quiet.drain(..) {
+            if self.queues.get_mut(key).is_some_and(ActiveQueue::ask_for_kick) {
+                self.ready.push((key, false));
+            }
+        }
+    }
+
     /// Publishes answers and lets go of the queues that were to stop and are idle now.
     fn publish(&mut self) {
         for key in self.answered.drain(..) {
-            let Some(queue) = self.queues.get_mut(&key) else { continue };
+            let Some(queue) = self.queues.get_mut(key) else { continue };
             queue.flush_used();
             if queue.finish_stop() {
                 let _ = epoll::delete(&self.epoll, queue.kick());
-                self.queues.remove(&key);
+                self.queues.remove(key);
             }
         }
     }
@@ -270,7 +369,7 @@ impl Worker {
         let (queues, answered) = (&mut self.queues, &mut self.answered);
         self.lane.poll(&mut |token, result| {
             let (key, head) = split_token(token);
-            if let Some(queue) = queues.get_mut(&key) {
+            if let Some(queue) = queues.get_mut(key) {
                 queue.complete(head, result);
                 answered.push(key);
             }
@@ -284,20 +383,20 @@ impl Worker {
             match command {
                 Command::Start(start) => self.start(*start),
                 Command::Stop { key, taken, done } => {
-                    if let Some(queue) = self.queues.get_mut(&key) {
+                    if let Some(queue) = self.queues.get_mut(key) {
                         queue.stop(done);
                         let _ = taken.send(());
                         self.answered.push(key);
                     }
                 }
                 Command::Abandon { key } => {
-                    if let Some(queue) = self.queues.get_mut(&key) {
+                    if let Some(queue) = self.queues.get_mut(key) {
                         queue.abandon_guest_calls();
                         self.answered.push(key);
                     }
                 }
                 Command::SetMemory { key, mem } => {
-                    if let Some(queue) = self.queues.get_mut(&key)
+                    if let Some(queue) = self.queues.get_mut(key)
                         && let Err(error) = queue.set_memory(mem)
                     {
                         debug!(%error, "the ring is not in the new memory table: the queue stops taking chains");
@@ -307,7 +406,7 @@ impl Worker {
                     }
                 }
                 Command::SetCall { key, call } => {
-                    if let Some(queue) = self.queues.get_mut(&key) {
+                    if let Some(queue) = self.queues.get_mut(key) {
                         queue.set_call(call);
                         // An interrupt may have been due while there was no descriptor for it.
                         queue.signal();
@@ -315,7 +414,7 @@ impl Worker {
                 }
                 Command::Reply { ticket, response } => {
                     let (key, head) = split_token(ticket);
-                    if let Some(queue) = self.queues.get_mut(&key) {
+                    if let Some(queue) = self.queues.get_mut(key) {
                         queue.reply(head, &response);
                         self.answered.push(key);
                     }
@@ -337,7 +436,7 @@ impl Worker {
         }
         // The driver may have kicked, or missed an interrupt, while nobody was here.
         queue.signal();
-        self.queues.insert(key, queue);
+        self.queues.insert(queue);
         self.ready.push((key, true));
     }
 }

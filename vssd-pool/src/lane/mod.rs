@@ -11,6 +11,7 @@
 //! A section of the grace scheme covers each batch, and each request in the ring until its last part is over: a
 //! physical block that a request looked up cannot change hands under it.
 
+mod copies;
 mod iov;
 mod moves;
 mod ring;
@@ -60,8 +61,8 @@ impl Lane {
         self.work.enter(&self.core);
     }
 
-    /// Submits what the batch prepared. What its requests changed survives the end of this process from here on, so
-    /// what they returned is not to be told to anyone before.
+    /// Submits what the batch prepared and makes the copies that it put off. What its requests changed survives the end of
+    /// this process from here on, so what they returned is not to be told to anyone before.
     pub fn end_batch(&mut self) {
         self.work.end_batch(&self.core);
     }
@@ -70,7 +71,7 @@ impl Lane {
     ///
     /// # Safety
     /// Every iovec must be valid for writes until the request is done (the token was reported, or this
-    /// returned `Done`). Its bytes may be read and written by others meanwhile.
+    /// returned `Done` and the batch has ended). Its bytes may be read and written by others meanwhile.
     pub unsafe fn read(
         &mut self,
         vssd: &Arc<Vssd>,
@@ -86,7 +87,7 @@ impl Lane {
     /// Writes `iov` from `offset` on.
     ///
     /// # Safety
-    /// Every iovec must be valid for reads until the request is done. Its bytes may change meanwhile.
+    /// Every iovec must be valid for reads until the request is done, as for `read`. Its bytes may change meanwhile.
     pub unsafe fn write(
         &mut self,
         vssd: &Arc<Vssd>,
@@ -136,6 +137,11 @@ impl Lane {
             Ok(event) => event.as_fd(),
             Err(error) => unreachable!("the event descriptor was made with the lane: {error}"),
         }
+    }
+
+    /// Whether [`Lane::poll`] has something to do, for a caller that looks instead of waiting. Costs a few loads.
+    pub fn has_news(&mut self) -> bool {
+        self.work.has_news(&self.core)
     }
 
     /// Whether some request has not been reported yet.

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use vssd_protocol::units::{BlockIndex, PhysicalBlock};
 
+use super::copies::Copy;
 use super::iov::Cursor;
 use super::ring::Direction;
 use super::work::{Job, Op, Outcome, Work, add, errno};
@@ -211,16 +212,12 @@ impl Work {
                 continue;
             }
             let mut offset = offset;
-            let copied = cursor.take_all(len, |memory, n| {
-                // SAFETY: the callers of `read` and `write` keep the buffers valid.
-                let result = unsafe {
-                    match direction {
-                        Direction::Read => medium.store.copy_out(offset, memory, n),
-                        Direction::Write => medium.store.copy_in(offset, memory, n),
-                    }
-                };
-                offset += n as u64;
-                result
+            let copies = &mut self.copies;
+            let copied = cursor.take_all(len, |memory, len| {
+                let copy = Copy { direction, medium: kind, offset, memory, len };
+                offset += len as u64;
+                // SAFETY: the callers of `read` and `write` keep the buffers valid until the batch has ended.
+                unsafe { copies.push(core, copy) }
             });
             if direction == Direction::Write {
                 add(&core.lanes[self.slot].writes[kind.index()], 1);

@@ -316,6 +316,11 @@ impl Ring {
         self.submit();
     }
 
+    /// Whether something has completed, or will have once the thread runs its deferred work.
+    pub(super) fn has_news(&mut self) -> bool {
+        self.in_flight > 0 && (!self.ring.completion().is_empty() || self.ring.submission().taskrun())
+    }
+
     /// With deferred task work, completions appear only when the thread asks for them.
     fn run_task_work(&mut self) {
         let (taskrun, overflow) = {

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use vssd_protocol::units::SECTOR_SIZE;
 
+use super::copies::Copies;
 use super::moves::{Step, Why};
 use super::ring::{Finished, Ring};
 use crate::core::Core;
@@ -72,6 +73,7 @@ pub(super) struct Work {
     pub(super) slot: usize,
     pub(super) section: Option<Parity>,
     pub(super) ring: Option<Ring>,
+    pub(super) copies: Copies,
     pub(super) requests: Vec<Request>,
     free: Vec<u32>,
     /// Requests that wait for parts or for the journal.
@@ -106,6 +108,7 @@ impl Work {
             slot,
             section: None,
             ring: None,
+            copies: Copies::new(),
             requests: Vec::with_capacity(WARM),
             free: Vec::with_capacity(WARM),
             open: 0,
@@ -236,6 +239,12 @@ impl Work {
         reported
     }
 
+    pub(super) fn has_news(&mut self, core: &Core) -> bool {
+        !self.ready.is_empty()
+            || core.lanes[self.slot].woken.load(Ordering::Relaxed)
+            || self.ring.as_mut().is_some_and(Ring::has_news)
+    }
+
     /// Opens a section, unless one is open; whether it did.
     pub(super) fn enter(&mut self, core: &Core) -> bool {
         if self.section.is_some() {
@@ -245,11 +254,12 @@ impl Work {
         true
     }
 
-    /// Submits what was prepared and closes the section.
+    /// Submits what was prepared, makes the copies that wait, and closes the section.
     fn leave(&mut self, core: &Core) {
         if let Some(ring) = &mut self.ring {
             ring.submit();
         }
+        self.copies.finish(core);
         if let Some(parity) = self.section.take() {
             core.grace.leave(self.slot, parity);
             // A failure is remembered by the journal, and met by the next change and the next flush.

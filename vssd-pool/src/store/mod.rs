@@ -17,6 +17,7 @@ mod file;
 mod mem;
 mod nvram;
 mod ssd;
+mod stream;
 
 use std::fmt;
 use std::io;
@@ -96,11 +97,20 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// `to` must be valid for writes of `len` bytes. Others may access those bytes at the same time.
     unsafe fn copy_out(&self, offset: u64, to: *mut u8, len: usize) -> io::Result<()>;
 
-    /// Copies from memory to the medium.
+    /// Copies from memory to the medium. Other threads may rely on it after [`Store::settle`] only.
     ///
     /// # Safety
     /// `from` must be valid for reads of `len` bytes. Others may change those bytes at the same time.
     unsafe fn copy_in(&self, offset: u64, from: *const u8, len: usize) -> io::Result<()>;
+
+    /// Orders what this thread copied in before whatever it tells others of.
+    fn settle(&self) {}
+
+    /// Announces a copy of `len` bytes at `offset`. True if the copy cannot fail, so that a caller may count on it and
+    /// make it later, when the bytes have come closer.
+    fn prepare_copy(&self, _offset: u64, _len: usize) -> bool {
+        false
+    }
 
     /// Bytes written or made zero since it was opened, without those of lanes (`copy_in` and rings), which count for
     /// themselves lest they share a counter.

@@ -6,8 +6,10 @@
 //! made with `MAP_SYNC` (the kernel then keeps the file's metadata durable, so user space need only care for
 //! the data), by doing nothing where the memory itself outlives the power, or by `fdatasync`.
 //!
-//! With `MAP_SYNC` every write is written back *and fenced* by the thread that made it: a store fence orders
-//! only its own core's write-backs, so the flush of another worker could not do it later.
+//! Larger writes go past the cache ([`stream`]): what a disk is given is seldom read back soon, and a cache line need not
+//! be fetched to be overwritten whole. Such stores, and with `MAP_SYNC` the write-backs of the others, are ordered by
+//! [`Store::settle`] on the thread that made them: a store fence orders only its own core's, so the flush of another
+//! worker could not do it later.
 //!
 //! A write that was not flushed may be torn by a power cut anywhere, also within a sector; a disk's guest may count on
 //! no more, but an SSD happens to give it whole sectors.
@@ -22,7 +24,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::file::MediumFile;
-use super::{RingTarget, Store, out_of_bounds, within};
+use super::{RingTarget, Store, out_of_bounds, stream, within};
 use crate::error::{Error, Result};
 use crate::types::{MediumKind, Persistence};
 
@@ -74,7 +76,7 @@ impl NvramStore {
         }
         let io_error = |source| Error::io(format!("cannot map {}", medium.path.display()), source);
         let sync_mapping = || {
-            if write_back::is_supported() {
+            if stream::can_write_back() {
                 map(&medium, libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC)
             } else {
                 Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
@@ -117,13 +119,6 @@ impl NvramStore {
         }
         self.at(offset, len)
     }
-
-    /// After a store of `len` bytes at `at`.
-    fn stored(&self, at: *const u8, len: usize) {
-        if self.persistence == Persistence::MapSync {
-            write_back::persist(at, len);
-        }
-    }
 }
 
 impl Store for NvramStore {
@@ -155,7 +150,9 @@ impl Store for NvramStore {
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
         self.bytes_written.fetch_add(buf.len() as u64, Ordering::Relaxed);
         // SAFETY: buf is buf.len() readable bytes.
-        unsafe { self.copy_in(offset, buf.as_ptr(), buf.len()) }
+        unsafe { self.copy_in(offset, buf.as_ptr(), buf.len()) }?;
+        self.settle();
+        Ok(())
     }
 
     fn write_align(&self) -> u32 {
@@ -167,7 +164,10 @@ impl Store for NvramStore {
         let to = self.writable_at(offset, len)?;
         // SAFETY: `at` checked the bounds; medium bytes are never behind references.
         unsafe { to.write_bytes(0, len) };
-        self.stored(to, len);
+        if self.persistence == Persistence::MapSync {
+            stream::write_back(to, len);
+        }
+        self.settle();
         self.bytes_written.fetch_add(len as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -200,97 +200,28 @@ impl Store for NvramStore {
     unsafe fn copy_in(&self, offset: u64, from: *const u8, len: usize) -> io::Result<()> {
         let to = self.writable_at(offset, len)?;
         // SAFETY: as in copy_out.
-        unsafe { std::ptr::copy(from, to, len) };
-        self.stored(to, len);
+        let cached = unsafe { stream::copy(to, from, len) };
+        if self.persistence == Persistence::MapSync && cached {
+            stream::write_back(to, len);
+        }
         Ok(())
+    }
+
+    fn settle(&self) {
+        stream::settle();
+    }
+
+    fn prepare_copy(&self, offset: u64, len: usize) -> bool {
+        match self.at(offset, len) {
+            Ok(at) if !self.medium.read_only => {
+                stream::prefetch(at, len);
+                true
+            }
+            _ => false,
+        }
     }
 
     fn bytes_written(&self) -> u64 {
         self.bytes_written.load(Ordering::Relaxed)
     }
-}
-
-/// Writing back cache lines.
-#[cfg(target_arch = "x86_64")]
-mod write_back {
-    use std::arch::{asm, x86_64};
-    use std::sync::OnceLock;
-
-    const LINE: usize = 64;
-
-    #[derive(Clone, Copy, PartialEq, Eq)]
-    enum Instruction {
-        None,
-        /// Evicts the line besides writing it back.
-        ClFlushOpt,
-        ClWb,
-    }
-
-    fn instruction() -> Instruction {
-        static FOUND: OnceLock<Instruction> = OnceLock::new();
-        *FOUND.get_or_init(|| {
-            // Leaf 7, EBX: bit 24 is CLWB, bit 23 CLFLUSHOPT (Intel SDM volume 2, CPUID).
-            if x86_64::__cpuid(0).eax < 7 {
-                return Instruction::None;
-            }
-            let features = x86_64::__cpuid_count(7, 0).ebx;
-            if features & (1 << 24) != 0 {
-                Instruction::ClWb
-            } else if features & (1 << 23) != 0 {
-                Instruction::ClFlushOpt
-            } else {
-                Instruction::None
-            }
-        })
-    }
-
-    pub(super) fn is_supported() -> bool {
-        instruction() != Instruction::None
-    }
-
-    /// Returns once `len` bytes at `at`, stored by this thread, have reached the persistence domain.
-    pub(super) fn persist(at: *const u8, len: usize) {
-        if len == 0 {
-            return;
-        }
-        let first = at as usize & !(LINE - 1);
-        let end = at as usize + len;
-        let instruction = instruction();
-        for line in (first..end).step_by(LINE) {
-            match instruction {
-                // SAFETY: the CPU has the instruction; the line lies in the mapping the caller stored to
-                // (mappings start on page boundaries), and writing it back changes no value.
-                Instruction::ClWb => unsafe {
-                    asm!("clwb [{0}]", in(reg) line, options(nostack, preserves_flags));
-                },
-                // SAFETY: as above.
-                Instruction::ClFlushOpt => unsafe {
-                    asm!("clflushopt [{0}]", in(reg) line, options(nostack, preserves_flags));
-                },
-                Instruction::None => {}
-            }
-        }
-        // SAFETY: SFENCE is part of the x86-64 baseline.
-        unsafe { x86_64::_mm_sfence() };
-    }
-
-    #[cfg(test)]
-    mod tests {
-        #[test]
-        fn persist_leaves_the_bytes_as_they_are() {
-            let bytes: Vec<u8> = (0..=255).collect();
-            super::persist(bytes[3..].as_ptr(), 200);
-            super::persist(bytes.as_ptr(), 0);
-            assert!(bytes.into_iter().eq(0..=255));
-        }
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-mod write_back {
-    pub(super) fn is_supported() -> bool {
-        false
-    }
-
-    pub(super) fn persist(_at: *const u8, _len: usize) {}
 }
