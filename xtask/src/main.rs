@@ -3,6 +3,7 @@
 //!
 //! Orchestration only. What a guest, a daemon or a package is, `vssd-tests` knows.
 
+mod bench;
 mod guest;
 mod stages;
 mod test;
@@ -32,6 +33,8 @@ enum Command {
     Demo,
     /// Check the style, build the driver for every kernel, run all tests.
     Test(test::Args),
+    /// Measure the daemon against its peers.
+    Bench(bench::Args),
     /// Boot a guest by hand.
     Guest(guest::Args),
     /// Build the guest driver for every kernel.
@@ -57,6 +60,7 @@ fn run(command: &Command) -> Result<()> {
         }
         Command::Demo => demo(),
         Command::Test(args) => test::run(args),
+        Command::Bench(args) => bench::run(args),
         Command::Guest(args) => guest::run(args),
         Command::Module => {
             vssd_tests::setup::ensure()?;

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! `cargo xtask bench datapath`, which builds everything and starts this.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, Subcommand};
+use vssd_bench::cases::{self, Case, Plan, Steady};
+use vssd_bench::peer::{Contender, Media};
+use vssd_bench::placement::Cpus;
+use vssd_bench::report::{self, CaseReport, Report, machine::Machine, table};
+use vssd_bench::run::{Bench, Effort, Series, Setting};
+
+#[derive(Debug, Parser)]
+#[command(about = "Measures the data path of vssd-backend against its peers")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Speed and latency of reads and writes
+    Datapath(Datapath),
+}
+
+#[derive(Debug, clap::Args)]
+struct Datapath {
+    /// Two short rounds: to see that it works, not to quote
+    #[arg(long)]
+    quick: bool,
+    /// Only cases whose name contains one of these
+    #[arg(long = "case", value_name = "NAME", num_args = 1..)]
+    cases: Vec<String>,
+    /// Rounds of each case
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// Where the SSD's files are made; must take direct I/O
+    #[arg(long, value_name = "DIR")]
+    ssd_dir: Option<PathBuf>,
+    /// Write everything measured to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Print the names of the cases and end
+    #[arg(long)]
+    list: bool,
+    /// Fail if a required figure is missed
+    #[arg(long)]
+    gate: bool,
+}
+
+fn main() -> ExitCode {
+    let Command::Datapath(args) = Args::parse().command;
+    match datapath(&args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn datapath(args: &Datapath) -> Result<ExitCode> {
+    let wanted =
+        |case: &Case| args.cases.is_empty() || args.cases.iter().any(|name| case.name.contains(name));
+    let cases: Vec<Case> = cases::all().into_iter().filter(wanted).collect();
+    ensure!(!cases.is_empty(), "no case has such a name: see --list");
+    if args.list {
+        for case in &cases {
+            println!("{}", case.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut effort = if args.quick { Effort::QUICK } else { Effort::FULL };
+    effort.rounds = args.rounds.unwrap_or(effort.rounds).max(1);
+    let cpus = Cpus::choose()?;
+    let ssd_dir = match &args.ssd_dir {
+        Some(dir) => dir.clone(),
+        None => vssd_tests::paths::repo_root().join("target/bench"),
+    };
+    let mut bench = Bench::new(cpus, Media::new(&ssd_dir)?, effort);
+    let mut report = Report { machine: Machine::look(cpus), effort, cases: Vec::new() };
+    print!("{}", table::heading(&report));
+    for case in &cases {
+        let outcome = run(&mut bench, case).with_context(|| format!("case {}", case.name))?;
+        print!("{}", table::case(&outcome));
+        report.cases.push(outcome);
+    }
+    print!("{}", table::summary(&report));
+    if let Some(path) = &args.json {
+        let text = serde_json::to_string_pretty(&report)?;
+        std::fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))?;
+    }
+    let failed = args.gate && report.missed() > 0;
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn run(bench: &mut Bench, case: &Case) -> Result<CaseReport> {
+    match &case.plan {
+        Plan::Steady(steady) => run_steady(bench, &case.name, steady),
+    }
+}
+
+fn run_steady(bench: &mut Bench, name: &str, case: &Steady) -> Result<CaseReport> {
+    let client = bench.cpus.client(case.placement);
+    let setting = Setting { medium: case.medium, load: &case.load, waiting: case.waiting, client };
+    let (mut rivals, mut notes) = (Vec::new(), Vec::new());
+    for &contender in &case.contenders {
+        let (rival, note) =
+            bench.rival(contender, &setting).with_context(|| format!("set up {contender}"))?;
+        notes.extend(note);
+        rivals.push((contender, rival, Series::default()));
+    }
+    for round in 0..bench.effort.rounds {
+        for (contender, rival, series) in &mut rivals {
+            series
+                .add(|| bench.run(rival, &setting, round as u64))
+                .with_context(|| format!("{contender}, round {round}"))?;
+        }
+    }
+    let series: Vec<(Contender, Series)> = rivals.into_iter().map(|(c, _, series)| (c, series)).collect();
+    Ok(report::steady(name, case, series, notes))
+}

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! How much processor time went where between two moments: to the backend, and to programs that have no part in the
+//! measurement.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+/// Processor time of a whole process so far, its ended threads included; to the nanosecond.
+pub fn process_time(pid: u32) -> Result<Duration> {
+    let pid = libc::pid_t::try_from(pid)?;
+    let mut clock = 0;
+    // SAFETY: `clock` is valid for the one write that the function makes.
+    let error = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
+    ensure!(error == 0, "no processor clock for process {pid}: {}", std::io::Error::from_raw_os_error(error));
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is valid for the one write that the function makes.
+    let outcome = unsafe { libc::clock_gettime(clock, &raw mut time) };
+    ensure!(outcome == 0, "read the processor clock of process {pid}: {}", std::io::Error::last_os_error());
+    Ok(Duration::new(u64::try_from(time.tv_sec)?, u32::try_from(time.tv_nsec)?))
+}
+
+/// Time that all processors spent on programs so far, in ticks' resolution. Interrupts and soft interrupts are left out: they
+/// are mostly the measurement's own I/O.
+fn busy_time() -> Result<Duration> {
+    let stat = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
+    let line = stat.lines().next().context("/proc/stat is empty")?;
+    let fields = line.split_whitespace().skip(1).map(str::parse).collect::<Result<Vec<u64>, _>>()?;
+    // user nice system idle iowait irq softirq steal guest guest_nice
+    let ticks: u64 = [0, 1, 2, 7].iter().filter_map(|at| fields.get(*at)).sum();
+    Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
+}
+
+/// The state at one moment.
+#[derive(Clone, Copy, Debug)]
+struct Snapshot {
+    at: Instant,
+    backend: Duration,
+    own: Duration,
+    busy: Duration,
+}
+
+/// What an interval cost.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Usage {
+    /// Processors that the backend kept busy.
+    pub backend_cores: f64,
+    /// Processors that programs kept busy which are neither the backend nor this one.
+    pub foreign_cores: f64,
+}
+
+/// Measures one interval.
+#[derive(Debug)]
+pub struct Meter {
+    backend: u32,
+    begun: Option<Snapshot>,
+    usage: Usage,
+}
+
+impl Meter {
+    pub fn new(backend: u32) -> Self {
+        Self { backend, begun: None, usage: Usage::default() }
+    }
+
+    fn snapshot(&self) -> Result<Snapshot> {
+        Ok(Snapshot {
+            at: Instant::now(),
+            backend: process_time(self.backend)?,
+            own: process_time(std::process::id())?,
+            busy: busy_time()?,
+        })
+    }
+
+    pub fn begin(&mut self) -> Result<()> {
+        self.begun = Some(self.snapshot()?);
+        Ok(())
+    }
+
+    pub fn end(&mut self) -> Result<()> {
+        let (from, to) = (self.begun.context("the interval has no beginning")?, self.snapshot()?);
+        let wall = to.at.duration_since(from.at).as_secs_f64();
+        let spent = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64() / wall;
+        let (backend, own) = (spent(from.backend, to.backend), spent(from.own, to.own));
+        self.usage = Usage {
+            backend_cores: backend,
+            foreign_cores: (spent(from.busy, to.busy) - backend - own).max(0.0),
+        };
+        Ok(())
+    }
+
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_this_process_spends_is_not_foreign() {
+        let mut meter = Meter::new(std::process::id());
+        meter.begin().unwrap();
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_millis(200) {
+            std::hint::spin_loop();
+        }
+        meter.end().unwrap();
+        assert!(meter.usage().backend_cores > 0.3, "{:?}", meter.usage());
+    }
+
+    #[test]
+    fn a_process_that_is_not_there_has_no_clock() {
+        assert!(process_time(0x3fff_ffff).is_err());
+    }
+}

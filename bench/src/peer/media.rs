@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! The files that backends serve: in memory for NV-RAM, on a disk with direct I/O for an SSD.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+use tempfile::TempDir;
+
+/// Room for a pool's own data beside what its vSSD holds.
+const POOL_OVERHEAD: u64 = 192 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Medium {
+    /// A file on tmpfs stands for NV-RAM.
+    Nvram,
+    /// A file on a disk, only ever used with `O_DIRECT`.
+    Ssd,
+}
+
+impl Medium {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nvram => "NV-RAM",
+            Self::Ssd => "SSD",
+        }
+    }
+}
+
+/// Where files are made. Everything in it goes with this value.
+#[derive(Debug)]
+pub struct Media {
+    nvram: TempDir,
+    ssd: TempDir,
+}
+
+impl Media {
+    /// `ssd_dir` is made if it does not exist.
+    pub fn new(ssd_dir: &Path) -> Result<Self> {
+        let make = |base: &Path| {
+            fs::create_dir_all(base).with_context(|| format!("make {}", base.display()))?;
+            // Sockets lie in it too, and their paths may have 107 bytes.
+            let dir = tempfile::Builder::new().prefix("vb-").tempdir_in(base);
+            dir.with_context(|| format!("make a folder in {}", base.display()))
+        };
+        let media = Self { nvram: make(Path::new("/dev/shm"))?, ssd: make(ssd_dir)? };
+        media.check_direct()?;
+        Ok(media)
+    }
+
+    fn check_direct(&self) -> Result<()> {
+        let path = self.ssd.path().join("probe");
+        let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
+        let opened = File::options().write(true).create(true).truncate(true).custom_flags(flags).open(&path);
+        opened.with_context(|| {
+            format!("{} does not take O_DIRECT: choose another with --ssd-dir", self.ssd.path().display())
+        })?;
+        Ok(fs::remove_file(path)?)
+    }
+
+    pub fn dir(&self, medium: Medium) -> &Path {
+        match medium {
+            Medium::Nvram => self.nvram.path(),
+            Medium::Ssd => self.ssd.path(),
+        }
+    }
+
+    /// Sockets and logs.
+    pub fn runtime(&self) -> &Path {
+        self.nvram.path()
+    }
+
+    /// A file of zeroes, every byte of it written, so that no file system allocates while something is measured.
+    pub fn zeroed(&self, medium: Medium, name: &str, bytes: u64) -> Result<PathBuf> {
+        let path = self.dir(medium).join(name);
+        let mut file = File::create(&path).with_context(|| format!("make {}", path.display()))?;
+        let zeroes = vec![0; 4 << 20];
+        let mut left = bytes;
+        while left > 0 {
+            let n = left.min(zeroes.len() as u64);
+            file.write_all(&zeroes[..usize::try_from(n)?])
+                .with_context(|| format!("write {bytes} bytes to {}", path.display()))?;
+            left -= n;
+        }
+        file.sync_all()?;
+        ensure!(file.metadata()?.len() == bytes);
+        if medium == Medium::Ssd {
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        }
+        Ok(path)
+    }
+
+    /// The size of a pool's file for vSSDs of `span` bytes in all.
+    pub fn pool_bytes(span: u64) -> u64 {
+        span + span / 32 + POOL_OVERHEAD
+    }
+}

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+//! On what was measured, and with which versions.
+
+use std::fs;
+use std::process::Command;
+
+use serde::Serialize;
+
+use crate::placement::Cpus;
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Machine {
+    pub processor: String,
+    pub processors: usize,
+    pub memory_gib: u64,
+    pub kernel: String,
+    /// Those that were used.
+    pub cpus: Cpus,
+    pub versions: Vec<String>,
+}
+
+impl Machine {
+    pub fn look(cpus: Cpus) -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let cpu_info = read("/proc/cpuinfo");
+        let model = cpu_info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+        let memory = read("/proc/meminfo");
+        let kib = memory
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:")?.split_whitespace().next()?.parse::<u64>().ok());
+        let hypervisor = if cpu_info.contains(" hypervisor") { " (virtual)" } else { "" };
+        Self {
+            processor: format!("{}{hypervisor}", model.map_or("unknown", |(_, name)| name)),
+            processors: cpu_info.lines().filter(|line| line.starts_with("processor")).count(),
+            memory_gib: (kib.unwrap_or(0) + (1 << 19)) >> 20,
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            cpus,
+            versions: [("qemu-storage-daemon", "--version"), ("fio", "--version")]
+                .into_iter()
+                .filter_map(|(program, arg)| version(program, arg))
+                .collect(),
+        }
+    }
+}
+
+fn version(program: &str, arg: &str) -> Option<String> {
+    let output = Command::new(vssd_tests::paths::find_tool(program)?).arg(arg).output().ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.lines().next().map(str::to_owned)
+}
