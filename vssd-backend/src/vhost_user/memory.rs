@@ -126,6 +126,20 @@ impl GuestMemory {
         Some(region.guest + (user - region.user))
     }
 
+    /// The guest address of a byte that [`Self::translate`] gave a pointer to.
+    pub fn guest_of_host(&self, host: *const u8) -> Option<u64> {
+        let host = host.addr() as u64;
+        self.regions.iter().find_map(|r| {
+            let offset = host.checked_sub(r.host.addr() as u64)?;
+            (offset < r.size).then(|| r.guest + offset)
+        })
+    }
+
+    /// One past the highest guest address.
+    pub fn end(&self) -> u64 {
+        self.regions.last().map_or(0, |r| r.guest + r.size)
+    }
+
     /// A pointer to the bytes from `guest` on and how many of them are contiguous, at most `len`.
     /// `None` where the guest has no memory there. `len` must not be zero.
     pub fn translate(&self, guest: u64, len: u64) -> Option<(*mut u8, u64)> {
@@ -171,6 +185,10 @@ pub(crate) mod tests {
         assert!(mem.translate_whole(0xff0, 0x20).is_none());
         assert_eq!(mem.guest_of_user((1 << 30) + 0x4010), Some(0x4010));
         assert_eq!(mem.guest_of_user(0x10), None);
+        let host = mem.translate(0x1010, 1).unwrap().0;
+        assert_eq!(mem.guest_of_host(host), Some(0x1010));
+        assert_eq!(mem.guest_of_host(std::ptr::null()), None);
+        assert_eq!(mem.end(), 0x5000);
     }
 
     #[test]

@@ -12,7 +12,7 @@
 //! * [`backend_channel`]: the descriptor for messages to the front-end, and how it is reached.
 //! * [`worker`]: a fixed pool of threads; each owns its queues, an epoll set and a pool lane. [`poller`]: how long it looks
 //!   for work before it sleeps.
-//! * [`queue`], [`ring`], [`chain`], [`inflight`], [`memory`]: what a worker works with.
+//! * [`queue`], [`ring`], [`chain`], [`inflight`], [`memory`], [`dirty_log`]: what a worker works with.
 //!
 //! Nothing outside this module knows vhost, rings or guest addresses; nothing here knows blocks or sizes.
 //!
@@ -22,6 +22,7 @@
 
 pub mod backend_channel;
 pub mod chain;
+pub mod dirty_log;
 pub mod frontends;
 pub mod inflight;
 pub mod memory;

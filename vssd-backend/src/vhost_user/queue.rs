@@ -20,6 +20,7 @@ use vssd_pool::{IoError, Lane, Submitted, Vssd, VssdId};
 use vssd_protocol::guest::{self, RequestType};
 
 use super::chain::{self, Segments};
+use super::dirty_log::QueueLog;
 use super::memory::GuestMemory;
 use super::ring::{Ring, RingError};
 use crate::device::execute::{self, Io, S_IOERR, S_OK};
@@ -157,6 +158,11 @@ impl ActiveQueue {
 
     pub fn set_call(&mut self, call: Option<OwnedFd>) {
         self.call = call;
+    }
+
+    /// Notes its writes to guest memory as told, from the answers on that are not published yet.
+    pub fn set_log(&mut self, log: Option<QueueLog>) {
+        self.ring.set_log(log);
     }
 
     /// Goes on with another memory table; requests in flight end in the old one.

@@ -14,6 +14,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use super::dirty_log::{QueueLog, RingLog};
 use super::inflight::InflightQueue;
 use super::memory::GuestMemory;
 
@@ -91,6 +92,7 @@ pub struct Ring {
     /// Entries written behind `next_used` but not published yet.
     batch: Vec<u16>,
     inflight: Option<InflightQueue>,
+    log: Option<Box<RingLog>>,
 }
 
 // SAFETY: the pointers lead into `mem`, which the ring keeps mapped; a ring is used by one thread at a time.
@@ -117,6 +119,7 @@ impl Ring {
             signalled_used: 0,
             batch: Vec::with_capacity(usize::from(spec.size)),
             inflight,
+            log: None,
         };
         ring.next_used = ring.used_idx().load(Ordering::Acquire);
         ring.signalled_used = ring.next_used;
@@ -162,6 +165,11 @@ impl Ring {
 
     pub fn set_next_avail(&mut self, next_avail: u16) {
         self.spec.next_avail = next_avail;
+    }
+
+    /// From now on notes its writes as told; `None` to note nothing. Covers what is written and not published yet.
+    pub fn set_log(&mut self, log: Option<QueueLog>) {
+        self.log = log.map(RingLog::new).map(Box::new);
     }
 
     pub fn inflight_mut(&mut self) -> Option<&mut InflightQueue> {
@@ -252,12 +260,37 @@ impl Ring {
         if let Some(inflight) = &mut self.inflight {
             inflight.link_batch(&self.batch);
         }
+        if self.log.is_some() {
+            self.log_batch();
+        }
         self.next_used = self.next_used.wrapping_add(self.batch_len());
         self.used_idx().store(self.next_used.to_le(), Ordering::Release);
+        self.log_used(2, 2);
         if let Some(inflight) = &mut self.inflight {
             inflight.end_batch(&self.batch, self.next_used);
         }
         self.batch.clear();
+    }
+
+    /// Notes what the answers of the batch changed, used entries included.
+    #[cold]
+    fn log_batch(&mut self) {
+        let Some(mut log) = self.log.take() else { return };
+        for head in &self.batch {
+            log.mark_chain(self, *head);
+        }
+        let (first, count) = (usize::from(self.next_used & self.mask()), self.batch.len());
+        let before_wrap = count.min(usize::from(self.spec.size) - first);
+        log.mark_used(4 + 8 * first, 8 * before_wrap);
+        log.mark_used(4, 8 * (count - before_wrap));
+        self.log = Some(log);
+    }
+
+    /// Notes that `len` bytes at `offset` of the used ring were written.
+    fn log_used(&self, offset: usize, len: usize) {
+        if let Some(log) = &self.log {
+            log.mark_used(offset, len);
+        }
     }
 
     /// Whether the driver wants an interrupt for what was published since this was last asked.
@@ -283,8 +316,10 @@ impl Ring {
         if self.spec.event_idx {
             let offset = 4 + 8 * usize::from(self.spec.size);
             self.used_u16(offset).store(self.spec.next_avail.to_le(), Ordering::Relaxed);
+            self.log_used(offset, 2);
         } else {
             self.used_u16(0).store(0, Ordering::Relaxed);
+            self.log_used(0, 2);
         }
         fence(Ordering::SeqCst);
         matches!(self.available(), Ok(1..))
@@ -294,6 +329,7 @@ impl Ring {
     pub fn disable_kick(&mut self) {
         if !self.spec.event_idx {
             self.used_u16(0).store(USED_F_NO_NOTIFY.to_le(), Ordering::Relaxed);
+            self.log_used(0, 2);
         }
     }
 }

@@ -25,6 +25,7 @@ use vhost::vhost_user::{
 use vssd_protocol::units::ByteOffset;
 
 use super::backend_channel;
+use super::dirty_log::{DirtyLog, QueueLog};
 use super::inflight::InflightRegion;
 use super::memory::{GuestMemory, MAX_REGIONS, RegionSpec};
 use super::queue::{DeviceContext, QueueStart};
@@ -38,6 +39,8 @@ use crate::peer::peer_of;
 const VIRTIO_F_RING_INDIRECT_DESC: u64 = 1 << 28;
 const VIRTIO_F_RING_EVENT_IDX: u64 = 1 << 29;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+/// The front-end wants to know which of its memory the device writes.
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 
 /// What the socket's thread and the owner share about a vSSD's front-end.
 #[derive(Debug, Default)]
@@ -151,6 +154,8 @@ struct Vring {
     base: u16,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
+    /// Under which guest address writes to the used ring are noted, if they are.
+    log: Option<u64>,
     enabled: bool,
     running: Option<(u32, WorkerHandle)>,
 }
@@ -170,6 +175,8 @@ struct Session {
     vrings: Vec<Vring>,
     features: u64,
     inflight: Option<InflightRegion>,
+    /// In use while the features have [`LOG_ALL`].
+    log: Option<Arc<DirtyLog>>,
     /// Whether the front-end was told once that the capacity may have changed while nobody was connected.
     announced: bool,
 }
@@ -185,7 +192,15 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> VhostError {
 impl Session {
     fn new(context: SessionContext) -> Self {
         let vrings = (0..context.geometry.queues).map(|_| Vring::default()).collect();
-        Self { context, mem: Arc::default(), vrings, features: 0, inflight: None, announced: false }
+        Self {
+            context,
+            mem: Arc::default(),
+            vrings,
+            features: 0,
+            inflight: None,
+            log: None,
+            announced: false,
+        }
     }
 
     fn offered_features(&self) -> u64 {
@@ -193,6 +208,7 @@ impl Session {
             | VIRTIO_F_RING_INDIRECT_DESC
             | VIRTIO_F_RING_EVENT_IDX
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+            | LOG_ALL
             | self.context.geometry.features()
     }
 
@@ -223,12 +239,14 @@ impl Session {
         let RingAddr { desc, avail, used } = addr;
         let spec = RingSpec { size: vring.size, desc, avail, used, event_idx, next_avail: vring.base };
         let inflight = region.and_then(|region| region.queue(number, vring.size));
-        let ring = Ring::new(spec, mem, inflight).map_err(failed)?;
+        let mut ring = Ring::new(spec, mem, inflight).map_err(failed)?;
         let kick = kick.try_clone().map_err(VhostError::SocketError)?;
         let call =
             vring.call.as_ref().map(OwnedFd::try_clone).transpose().map_err(VhostError::SocketError)?;
         // A driver that has just initialised the device begins at the start of both rings.
         let fresh = vring.base == 0 && ring.next_used() == 0;
+        let log_used = vring.log;
+        ring.set_log(self.queue_log(log_used));
         let key = self.context.next_key.fetch_add(1, Ordering::Relaxed);
         let device = Arc::clone(&self.context.device);
         let workers = &self.context.workers;
@@ -290,11 +308,51 @@ impl Session {
         self.stop(0..self.vrings.len(), parked);
     }
 
-    fn set_memory(&mut self, mem: GuestMemory) {
+    /// Where the writes of a queue are noted now.
+    fn queue_log(&self, used: Option<u64>) -> Option<QueueLog> {
+        let log = self.log.as_ref().filter(|_| self.features & LOG_ALL != 0)?;
+        Some(QueueLog::new(Arc::clone(log), used))
+    }
+
+    /// The front-end turned logging on or off.
+    fn log_changed(&self) -> VhostResult<()> {
+        let name = self.context.device.vssd.name();
+        if self.features & LOG_ALL == 0 {
+            info!(device = name, "writes to guest memory are not logged any more");
+        } else if let Some(log) = &self.log {
+            log.expect_covers(&self.mem).map_err(failed)?;
+            info!(device = name, "writes to guest memory are logged: the guest is being moved");
+        }
+        self.apply_log();
+        Ok(())
+    }
+
+    /// Makes running queues note their writes as is asked now. On return none notes them as before: the front-end relies on
+    /// it from the acknowledgement on.
+    fn apply_log(&self) {
+        let waits: Vec<_> = self
+            .vrings
+            .iter()
+            .filter_map(|vring| {
+                let (key, worker) = vring.running.as_ref()?;
+                Some(worker.set_log(*key, self.queue_log(vring.log)))
+            })
+            .collect();
+        for done in waits {
+            // An error means that the queue does not run any more.
+            let _ = done.recv();
+        }
+    }
+
+    fn set_memory(&mut self, mem: GuestMemory) -> VhostResult<()> {
+        if let Some(log) = self.log.as_ref().filter(|_| self.features & LOG_ALL != 0) {
+            log.expect_covers(&mem).map_err(failed)?;
+        }
         self.mem = Arc::new(mem);
         for (key, worker) in self.vrings.iter().filter_map(|vring| vring.running.as_ref()) {
             worker.set_memory(*key, Arc::clone(&self.mem));
         }
+        Ok(())
     }
 
     fn set_fd(&mut self, index: u8, fd: Option<File>) -> VhostResult<Option<OwnedFd>> {
@@ -321,6 +379,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.stop_all(Parked::Answer);
         self.vrings.iter_mut().for_each(|vring| *vring = Vring::default());
         self.features = 0;
+        self.log = None;
         Ok(())
     }
 
@@ -332,7 +391,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         if features & !self.offered_features() != 0 {
             return refuse("feature that was not offered");
         }
+        let logging = (self.features ^ features) & LOG_ALL != 0;
         self.features = features;
+        if logging {
+            self.log_changed()?;
+        }
         // Without protocol features there is no message to enable a queue (vhost-user, "Ring states").
         if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
             self.vrings.iter_mut().for_each(|vring| vring.enabled = true);
@@ -356,7 +419,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             };
             mem = mem.with_region(spec, file).map_err(failed)?;
         }
-        self.set_memory(mem);
+        self.set_memory(mem)?;
         Ok(None)
     }
 
@@ -376,11 +439,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _flags: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> VhostResult<()> {
         let guest = |user| self.mem.guest_of_user(user).ok_or(VhostError::InvalidParam);
         let addr = RingAddr { desc: guest(descriptor)?, avail: guest(available)?, used: guest(used)? };
@@ -389,6 +452,10 @@ impl VhostUserBackendReqHandlerMut for Session {
             return refuse("a running queue cannot move");
         }
         vring.addr = Some(addr);
+        let log = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+        if std::mem::replace(&mut vring.log, log) != log {
+            self.apply_log();
+        }
         self.start_if_ready(index)
     }
 
@@ -442,6 +509,7 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
@@ -519,14 +587,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy: Option<bool>,
     ) -> VhostResult<Option<u64>> {
         let mem = self.mem.with_region(region_spec(region), file).map_err(failed)?;
-        self.set_memory(mem);
+        self.set_memory(mem)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> VhostResult<()> {
         let mem = self.mem.without_region(region_spec(region)).map_err(failed)?;
-        self.set_memory(mem);
-        Ok(())
+        self.set_memory(mem)
     }
 
     fn set_device_state_fd(
@@ -546,8 +613,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         refuse("shared memory regions were not offered")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {
-        refuse("dirty logging was not offered")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> VhostResult<()> {
+        let log = DirtyLog::map(file, log.mmap_size, log.mmap_offset).map_err(failed)?;
+        log.expect_covers(&self.mem).map_err(failed)?;
+        self.log = Some(Arc::new(log));
+        self.apply_log();
+        Ok(())
     }
 }
 

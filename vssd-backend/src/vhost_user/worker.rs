@@ -25,6 +25,7 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use tracing::{debug, error};
 use vssd_pool::{Lane, Pool};
 
+use super::dirty_log::QueueLog;
 use super::memory::GuestMemory;
 use super::poller::Poller;
 use super::queue::{ActiveQueue, QueueStart, Stopped, split_token};
@@ -40,6 +41,7 @@ enum Command {
     Stop { key: u32, taken: mpsc::Sender<()>, done: mpsc::Sender<Stopped> },
     Abandon { key: u32 },
     SetMemory { key: u32, mem: Arc<GuestMemory> },
+    SetLog { key: u32, log: Option<QueueLog>, done: mpsc::Sender<()> },
     SetCall { key: u32, call: Option<OwnedFd> },
     Reply { ticket: u64, response: Vec<u8> },
     Exit,
@@ -107,6 +109,13 @@ impl WorkerHandle {
 
     pub fn set_memory(&self, key: u32, mem: Arc<GuestMemory>) {
         self.mailbox.post(Command::SetMemory { key, mem });
+    }
+
+    /// Begins or ends the noting of a queue's writes. The receiver hears, or is cut off, once nothing is noted as before.
+    pub fn set_log(&self, key: u32, log: Option<QueueLog>) -> mpsc::Receiver<()> {
+        let (done, is_done) = mpsc::channel();
+        self.mailbox.post(Command::SetLog { key, log, done });
+        is_done
     }
 
     pub fn set_call(&self, key: u32, call: Option<OwnedFd>) {
@@ -403,6 +412,12 @@ impl Worker {
                         let (done, _) = mpsc::channel();
                         queue.stop(done);
                         self.answered.push(key);
+                    }
+                }
+                Command::SetLog { key, log, done } => {
+                    if let Some(queue) = self.queues.get_mut(key) {
+                        queue.set_log(log);
+                        let _ = done.send(());
                     }
                 }
                 Command::SetCall { key, call } => {
