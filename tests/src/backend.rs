@@ -66,7 +66,7 @@ impl Backend {
             "--blockdev".to_owned(),
             format!("driver=file,node-name=f0,filename={},discard=unmap", image.display()),
             "--blockdev".to_owned(),
-            "driver=raw,node-name=d0,file=f0".to_owned(),
+            "driver=raw,node-name=d0,file=f0,discard=unmap".to_owned(),
             "--export".to_owned(),
             format!(
                 "type=vhost-user-blk,id=e0,node-name=d0,addr.type=unix,addr.path={},writable=on,num-queues={queues}",

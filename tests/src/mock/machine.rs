@@ -21,6 +21,8 @@ pub const F_FLUSH: u64 = 1 << 9;
 pub const F_MQ: u64 = 1 << 12;
 pub const F_DISCARD: u64 = 1 << 13;
 pub const F_WRITE_ZEROES: u64 = 1 << 14;
+/// What the device writes to guest memory is noted in a log.
+pub const F_LOG_ALL: u64 = 1 << 26;
 pub const F_INDIRECT: u64 = 1 << 28;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -149,28 +151,29 @@ impl Machine {
         let mut link = Frontend::connect(&self.socket)?;
         let offered = link.get(request::GET_FEATURES, &[], &[])?.u64()?;
         ensure!(offered & F_PROTOCOL_FEATURES != 0, "no protocol features are offered");
-        let wanted = protocol::MQ
+        let wanted = (protocol::MQ
             | protocol::REPLY_ACK
             | protocol::BACKEND_REQ
             | protocol::CONFIG
             | protocol::INFLIGHT_SHMFD
-            | protocol::RESET_DEVICE;
+            | protocol::LOG_SHMFD
+            | protocol::RESET_DEVICE)
+            & !self.options.without_protocol;
         let have = link.get(request::GET_PROTOCOL_FEATURES, &[], &[])?.u64()?;
         ensure!(have & wanted == wanted, "protocol features {have:#x} do not include {wanted:#x}");
-        let used = wanted & !self.options.without_protocol;
-        link.set(request::SET_PROTOCOL_FEATURES, &words(&[used]), &[])?;
-        link.acknowledged = used & protocol::REPLY_ACK != 0;
+        link.set(request::SET_PROTOCOL_FEATURES, &words(&[wanted]), &[])?;
+        link.acknowledged = wanted & protocol::REPLY_ACK != 0;
         let queues = link.get(request::GET_QUEUE_NUM, &[], &[])?.u64()?;
         ensure!(queues >= u64::from(self.options.queues), "the device has {queues} queues");
         self.channel = None;
-        if used & protocol::BACKEND_REQ != 0 {
+        if wanted & protocol::BACKEND_REQ != 0 {
             let (channel, theirs) = BackendChannel::new()?;
             link.set(request::SET_BACKEND_REQ_FD, &[], &[theirs.as_fd()])?;
             self.channel = Some(channel);
         }
         link.set(request::SET_OWNER, &[], &[])?;
         let unused = self.options.without | if self.options.queues == 1 { F_MQ } else { 0 };
-        self.features = offered & !unused;
+        self.features = offered & !(unused | F_LOG_ALL);
         self.link = Some(link);
         Ok(())
     }

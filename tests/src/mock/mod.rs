@@ -20,10 +20,12 @@ pub mod load;
 pub mod machine;
 pub mod neighbour;
 pub mod operator;
+pub mod probe;
 pub mod queue;
 pub mod ram;
 pub mod ring;
 pub mod site;
+pub mod trace;
 
 use std::env;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
