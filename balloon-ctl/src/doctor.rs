@@ -154,7 +154,8 @@ fn judge_pool(pool: &PoolStatus) -> Check {
         "ok" => Check::ok("pool", message),
         "low" => Check::warn("pool", message, "shrink a vSSD (balloon-ctl shrink) or delete one"),
         _ => {
-            Check::fail("pool", message, "a medium failed: see the daemon's log, then balloon-ctl pool check")
+            let unknown = "a medium failed: see the daemon's log, then balloon-ctl pool check";
+            Check::fail("pool", message, pool.problem.as_deref().unwrap_or(unknown))
         }
     }
 }

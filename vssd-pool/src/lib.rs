@@ -21,7 +21,7 @@
 //! * a block that is unplugged, durably so when the keeper says so, answers [`IoError::Evicted`];
 //! * a read takes no lock, and a request allocates nothing once its lane has warmed up.
 //!
-//! Only [`store`] knows files, mappings and system calls for storage. Nothing here knows vhost, virtio or the
+//! Only [`store`] knows files, mappings and system calls for storage, with [`sigbus`] below it. Nothing here knows vhost, virtio or the
 //! control channel.
 
 mod arbiter;
@@ -41,6 +41,7 @@ mod pool;
 mod record;
 mod recovery;
 mod scrub;
+pub mod sigbus;
 mod state;
 pub mod store;
 mod superblock;

@@ -314,6 +314,7 @@ impl Pool {
                 persistence: medium.store.persistence(),
                 cache: medium.store.cache(),
                 bytes_written: medium.store.bytes_written() + by_lanes,
+                is_lost: medium.store.is_lost(),
             })
         });
         let pages = core.journal.pages();
@@ -336,7 +337,7 @@ impl Pool {
             journal_bytes: pages * crate::journal::PAGE as u64,
             checkpoints: core.checkpoints.load(Ordering::Relaxed),
             logical_block_bytes: core.stores().filter_map(offset_align).max().unwrap_or(512).max(512),
-            failed: core.journal.has_failed(),
+            failed: core.journal.has_failed() || core.stores().any(|store| store.is_lost()),
         }
     }
 

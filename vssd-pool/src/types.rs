@@ -321,6 +321,9 @@ pub struct MediumInfo {
     pub cache: Option<Cache>,
     /// Written since the pool was opened: data, scrubbing and metadata.
     pub bytes_written: u64,
+    /// Part of it has vanished under the pool: the file was shortened, or its filesystem has no room for all of it.
+    /// Every request to it fails.
+    pub is_lost: bool,
 }
 
 /// What a vSSD did since the pool was opened. Arrays are indexed like [`MediumKind::ALL`].

@@ -601,6 +601,9 @@ pub struct PoolStatus {
     pub overcommit_percent: u32,
     /// `ok`, `low` or `failed`.
     pub health: String,
+    /// Of a pool that failed: what happened and what to do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     pub media: Vec<MediumInfo>,
     pub devices: u32,
 }

@@ -55,6 +55,10 @@ pub(super) fn status(session: &Session) -> Result<()> {
             pool.health.clone(),
         ]],
     )?;
+    if let Some(problem) = &pool.problem {
+        out.line("")?;
+        out.line(problem)?;
+    }
     out.line("")?;
     out.table(
         ["MEDIUM", "SIZE", "WRITTEN", "PERSISTENCE", "PATH"],

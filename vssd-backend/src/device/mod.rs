@@ -87,6 +87,8 @@ pub enum DeviceEvent {
     /// The front-end is gone, and every session of its guest with it.
     Disconnected {
         device: VssdId,
+        /// What the front-end did to be cut off, if that was it.
+        reason: Option<&'static str>,
     },
     /// A request queue began to run. At ring index 0 a driver has just initialised the device, so the session of
     /// the driver before it is over; at any other index the same driver goes on.

@@ -247,7 +247,7 @@ impl Owner {
         match event {
             DeviceEvent::Guest(call) => self.guest_call(call),
             DeviceEvent::Connected { device, .. }
-            | DeviceEvent::Disconnected { device }
+            | DeviceEvent::Disconnected { device, .. }
             | DeviceEvent::QueueStarted { device, .. }
                 if self.devices.get(&device).is_none_or(|device| device.closing) => {}
             DeviceEvent::Connected { device, pid } => {
@@ -255,8 +255,9 @@ impl Owner {
                 self.apply(device, Event::Connected);
                 self.alarm.soon(now);
             }
-            DeviceEvent::Disconnected { device } => {
-                self.emit(device, "device.disconnected", None, Value::Null);
+            DeviceEvent::Disconnected { device, reason } => {
+                let data = reason.map_or(Value::Null, |reason| json!({ "reason": reason }));
+                self.emit(device, "device.disconnected", None, data);
                 self.apply(device, Event::Disconnected);
             }
             DeviceEvent::QueueStarted { device, queue, fresh } => {

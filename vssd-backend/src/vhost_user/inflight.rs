@@ -23,8 +23,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::FileOffset;
-use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vssd_pool::sigbus::Alarm;
+
+use super::sigbus::{MappingError, SharedMapping};
 
 const HEADER: usize = 16;
 const ENTRY: usize = 16;
@@ -41,13 +42,13 @@ pub enum InflightError {
     #[error("cannot make the inflight region")]
     Create(#[source] std::io::Error),
     #[error("cannot map the inflight region")]
-    Map(#[source] vm_memory::mmap::MmapRegionError),
+    Map(#[source] MappingError),
 }
 
 /// The region of all queues of one connection.
 #[derive(Clone, Debug)]
 pub struct InflightRegion {
-    mapping: Arc<MmapRegion<()>>,
+    mapping: Arc<SharedMapping>,
     queues: u16,
     queue_size: u16,
 }
@@ -64,7 +65,7 @@ impl InflightRegion {
 
     /// A new region, all requests done, and the file to hand to the front-end. Sealed, so that nobody can shrink it
     /// under our mapping.
-    pub fn create(queues: u16, queue_size: u16) -> Result<(Self, File), InflightError> {
+    pub fn create(queues: u16, queue_size: u16, alarm: &Alarm) -> Result<(Self, File), InflightError> {
         if queues == 0 || queue_size == 0 {
             return Err(InflightError::Bounds { queues, size: queue_size });
         }
@@ -79,16 +80,16 @@ impl InflightRegion {
         };
         let file = make().map_err(InflightError::Create)?;
         let copy = file.try_clone().map_err(InflightError::Create)?;
-        Ok((Self::map(copy, 0, len, queues, queue_size)?, file))
+        Ok((Self::map(copy, 0, len, (queues, queue_size), alarm)?, file))
     }
 
-    /// The region that the front-end kept.
+    /// The region that the front-end kept. It may be a file of its own, which it can shorten: that raises `alarm`.
     pub fn open(
         file: File,
         offset: u64,
         len: u64,
-        queues: u16,
-        queue_size: u16,
+        (queues, queue_size): (u16, u16),
+        alarm: &Alarm,
     ) -> Result<Self, InflightError> {
         let needed = Self::len(queues, queue_size);
         if queues == 0 || queue_size == 0 || len < needed {
@@ -99,17 +100,18 @@ impl InflightRegion {
         if actual < end {
             return Err(InflightError::TooShort { needed: end, actual });
         }
-        Self::map(file, offset, needed, queues, queue_size)
+        Self::map(file, offset, needed, (queues, queue_size), alarm)
     }
 
-    fn map(file: File, offset: u64, len: u64, queues: u16, queue_size: u16) -> Result<Self, InflightError> {
+    fn map(
+        file: File,
+        offset: u64,
+        len: u64,
+        (queues, queue_size): (u16, u16),
+        alarm: &Alarm,
+    ) -> Result<Self, InflightError> {
         let size = usize::try_from(len).map_err(|_| InflightError::Bounds { queues, size: queue_size })?;
-        let mapping = MmapRegionBuilder::new(size)
-            .with_file_offset(FileOffset::new(file, offset))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED)
-            .build()
-            .map_err(InflightError::Map)?;
+        let mapping = SharedMapping::new(file, offset, size, alarm).map_err(InflightError::Map)?;
         Ok(Self { mapping: Arc::new(mapping), queues, queue_size })
     }
 
@@ -129,7 +131,7 @@ impl InflightRegion {
 /// One queue's record. Belongs to the worker that owns the queue.
 #[derive(Debug)]
 pub struct InflightQueue {
-    _mapping: Arc<MmapRegion<()>>,
+    _mapping: Arc<SharedMapping>,
     base: *mut u8,
     size: u16,
     counter: u64,
@@ -172,7 +174,8 @@ impl InflightQueue {
     /// A request was taken from the ring.
     pub fn begin(&mut self, head: u16) {
         if head < self.size {
-            self.counter += 1;
+            // A front-end may have left any number behind.
+            self.counter = self.counter.wrapping_add(1);
             self.counter(head).store(self.counter.to_le(), Ordering::Relaxed);
             self.mark(head).store(1, Ordering::Release);
         }
@@ -226,11 +229,15 @@ impl InflightQueue {
 mod tests {
     use super::*;
 
+    fn alarm() -> Alarm {
+        Alarm::new().unwrap()
+    }
+
     #[test]
     fn a_crash_at_any_step_of_completion_leaves_exactly_the_unanswered_requests() {
         // 0..6 are taken in order; 4 and 1 are answered as one batch; the daemon stops at `step`.
         for step in 0..4 {
-            let (region, file) = InflightRegion::create(2, 8).unwrap();
+            let (region, file) = InflightRegion::create(2, 8, &alarm()).unwrap();
             let mut queue = region.queue(1, 8).unwrap();
             for head in 0..6 {
                 queue.begin(head);
@@ -248,7 +255,7 @@ mod tests {
                 queue.mark(4).store(0, Ordering::Relaxed);
             }
             drop((queue, region));
-            let region = InflightRegion::open(file, 0, InflightRegion::len(2, 8), 2, 8).unwrap();
+            let region = InflightRegion::open(file, 0, InflightRegion::len(2, 8), (2, 8), &alarm()).unwrap();
             let expected: &[u16] = if step >= 2 { &[0, 3, 5] } else { &[0, 1, 3, 4, 5] };
             let mut queue = region.queue(1, 8).unwrap();
             assert_eq!(queue.recover(used), expected, "stopped at step {step}");
@@ -259,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_scribbled_region_yields_heads_in_bounds() {
-        let (region, file) = InflightRegion::create(1, 16).unwrap();
+        let (region, file) = InflightRegion::create(1, 16, &alarm()).unwrap();
         let len = usize::try_from(InflightRegion::len(1, 16)).unwrap();
         for fill in [0xff_u8, 0x01, 0x80] {
             rustix::io::pwrite(&file, &vec![fill; len], 0).unwrap();
@@ -269,13 +276,26 @@ mod tests {
     }
 
     #[test]
+    fn counters_at_their_limit_are_gone_on_from() {
+        let (region, _) = InflightRegion::create(1, 16, &alarm()).unwrap();
+        let queue = region.queue(0, 16).unwrap();
+        queue.mark(3).store(1, Ordering::Relaxed);
+        queue.counter(3).store(u64::MAX, Ordering::Relaxed);
+        let mut next = region.queue(0, 16).unwrap();
+        assert_eq!(next.recover(0), [3]);
+        next.begin(4);
+    }
+
+    #[test]
     fn a_region_that_does_not_fit_its_file_is_refused() {
-        let (_, file) = InflightRegion::create(1, 16).unwrap();
-        let clone = || file.try_clone().unwrap();
-        assert!(InflightRegion::open(clone(), 0, 1 << 20, 64, 1024).is_err());
-        assert!(InflightRegion::open(clone(), u64::MAX, 1 << 20, 1, 16).is_err());
-        assert!(InflightRegion::open(clone(), 0, 0, 1, 16).is_err());
-        let region = InflightRegion::open(clone(), 0, InflightRegion::len(1, 16), 1, 16).unwrap();
+        let (_, file) = InflightRegion::create(1, 16, &alarm()).unwrap();
+        let open = |offset, len, shape| {
+            InflightRegion::open(file.try_clone().unwrap(), offset, len, shape, &alarm())
+        };
+        assert!(open(0, 1 << 20, (64, 1024)).is_err());
+        assert!(open(u64::MAX, 1 << 20, (1, 16)).is_err());
+        assert!(open(0, 0, (1, 16)).is_err());
+        let region = open(0, InflightRegion::len(1, 16), (1, 16)).unwrap();
         assert!(region.queue(1, 16).is_none() && region.queue(0, 32).is_none());
     }
 }

@@ -9,8 +9,9 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use vm_memory::FileOffset;
-use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vssd_pool::sigbus::Alarm;
+
+use super::sigbus::{MappingError, SharedMapping};
 
 /// Most regions a front-end may share; what `vhost` announces and virtiofsd, QEMU and cloud-hypervisor stay below.
 pub const MAX_REGIONS: usize = 509;
@@ -29,7 +30,7 @@ pub enum MemoryError {
     #[error("region needs {needed:#x} bytes of its file, which has {actual:#x}")]
     FileTooShort { needed: u64, actual: u64 },
     #[error("cannot map guest memory")]
-    Map(#[source] vm_memory::mmap::MmapRegionError),
+    Map(#[source] MappingError),
     #[error("cannot examine the file of guest memory")]
     Stat(#[source] std::io::Error),
 }
@@ -51,7 +52,7 @@ struct Region {
     user: u64,
     host: *mut u8,
     /// Keeps `host` mapped.
-    _mapping: MmapRegion<()>,
+    _mapping: SharedMapping,
 }
 
 // SAFETY: `host` points into `_mapping`, which is shared memory that any thread may access; all accesses are raw.
@@ -60,13 +61,34 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 /// An immutable memory table. Changing it makes a new one that shares the mappings.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Clone)]
 pub struct GuestMemory {
     /// Sorted by guest address, not overlapping.
     regions: Vec<Arc<Region>>,
+    alarm: Alarm,
 }
 
 impl GuestMemory {
+    /// No memory. `alarm` is raised when some that is added later gets lost.
+    pub fn new(alarm: Alarm) -> Self {
+        Self { regions: Vec::new(), alarm }
+    }
+
+    /// No memory, with the alarm of this table.
+    pub fn emptied(&self) -> Self {
+        Self::new(self.alarm.clone())
+    }
+
+    /// The alarm of whatever else the same front-end shares.
+    pub fn alarm(&self) -> &Alarm {
+        &self.alarm
+    }
+
+    /// Whether the front-end has taken back memory under its mapping: what was read may be zeroes, what was written gone.
+    pub fn is_lost(&self) -> bool {
+        self.alarm.is_raised()
+    }
+
     /// This table with one more region, mapped from `file`.
     pub fn with_region(&self, spec: RegionSpec, file: File) -> Result<Self, MemoryError> {
         let bounds = || MemoryError::Bounds { guest: spec.guest, size: spec.size };
@@ -84,16 +106,12 @@ impl GuestMemory {
         }
         let needed = spec.file_offset.checked_add(spec.size).ok_or_else(bounds)?;
         let metadata = file.metadata().map_err(MemoryError::Stat)?;
-        // A page past the end of a file raises SIGBUS when touched. Devices report no length.
+        // Devices report no length.
         if metadata.is_file() && metadata.len() < needed {
             return Err(MemoryError::FileTooShort { needed, actual: metadata.len() });
         }
-        let mapping = MmapRegionBuilder::new(len)
-            .with_file_offset(FileOffset::new(file, spec.file_offset))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .build()
-            .map_err(MemoryError::Map)?;
+        let mapping =
+            SharedMapping::new(file, spec.file_offset, len, &self.alarm).map_err(MemoryError::Map)?;
         let region = Region {
             guest: spec.guest,
             size: spec.size,
@@ -104,7 +122,7 @@ impl GuestMemory {
         let mut regions = self.regions.clone();
         regions.push(Arc::new(region));
         regions.sort_by_key(|r| r.guest);
-        Ok(Self { regions })
+        Ok(Self { regions, alarm: self.alarm.clone() })
     }
 
     /// This table without the region that was shared as `spec`.
@@ -117,7 +135,7 @@ impl GuestMemory {
             .ok_or(MemoryError::NoSuchRegion { guest: spec.guest, size: spec.size })?;
         let mut regions = self.regions.clone();
         regions.remove(at);
-        Ok(Self { regions })
+        Ok(Self { regions, alarm: self.alarm.clone() })
     }
 
     /// The guest address of a front-end address, as ring addresses are given.
@@ -165,13 +183,18 @@ pub(crate) mod tests {
 
     /// Guest memory of `size` bytes at guest address `guest`, on a memfd; user addresses are guest addresses + 1 GiB.
     pub(crate) fn memory(layout: &[(u64, u64)]) -> GuestMemory {
-        layout.iter().fold(GuestMemory::default(), |mem, (guest, size)| {
-            let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-            let file = File::from(fd);
-            file.set_len(*size).unwrap();
+        let empty = GuestMemory::new(Alarm::new().unwrap());
+        layout.iter().fold(empty, |mem, (guest, size)| {
             let spec = RegionSpec { guest: *guest, size: *size, user: guest + (1 << 30), file_offset: 0 };
-            mem.with_region(spec, file).unwrap()
+            mem.with_region(spec, file(*size)).unwrap()
         })
+    }
+
+    pub(crate) fn file(size: u64) -> File {
+        let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(fd);
+        file.set_len(size).unwrap();
+        file
     }
 
     #[test]
@@ -194,12 +217,7 @@ pub(crate) mod tests {
     #[test]
     fn regions_that_overlap_wrap_or_exceed_their_file_are_refused() {
         let mem = memory(&[(0x1000, 0x1000)]);
-        let file = || {
-            let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-            let file = File::from(fd);
-            file.set_len(0x1000).unwrap();
-            file
-        };
+        let file = || file(0x1000);
         let spec = |guest, size| RegionSpec { guest, size, user: 0, file_offset: 0 };
         assert!(matches!(mem.with_region(spec(0x1fff, 0x10), file()), Err(MemoryError::Overlap { .. })));
         assert!(matches!(mem.with_region(spec(0, 0), file()), Err(MemoryError::Bounds { .. })));

@@ -13,6 +13,7 @@
 //! * [`worker`]: a fixed pool of threads; each owns its queues, an epoll set and a pool lane. [`poller`]: how long it looks
 //!   for work before it sleeps.
 //! * [`queue`], [`ring`], [`chain`], [`inflight`], [`memory`], [`dirty_log`]: what a worker works with.
+//! * [`sigbus`]: what becomes of memory that a front-end shares and takes away again.
 //!
 //! Nothing outside this module knows vhost, rings or guest addresses; nothing here knows blocks or sizes.
 //!
@@ -30,4 +31,5 @@ pub mod poller;
 pub mod queue;
 pub mod ring;
 pub mod session;
+pub mod sigbus;
 pub mod worker;

@@ -196,14 +196,35 @@ impl ActiveQueue {
         if self.stop.is_some() || (self.broken && !kicked) {
             return false;
         }
-        self.broken = false;
+        // The session is about to end.
+        self.broken = self.ring.memory().is_lost();
+        if self.broken {
+            return false;
+        }
         // The operator may raise a vSSD's maximum at any time.
         self.limits.total_bytes = self.device.total_bytes();
         self.ring.disable_kick();
         let mut budget = BATCH;
-        lane.begin_batch();
-        // Answers are published by the batch: no sooner than the lane says that what they tell outlives this process.
-        while budget > 0 && !self.ring.is_batch_full() {
+        loop {
+            let first = self.ring.unpublished();
+            lane.begin_batch();
+            self.take_batch(&mut budget, lane, sink);
+            // Answers are published by the batch: no sooner than the lane says that what they tell outlives this process.
+            if lane.end_batch() {
+                break;
+            }
+            // A medium lost part of what it held: the answers may be wrong, so the requests are done over, and then fail.
+            let replay = &mut self.replay;
+            replay.extend(self.ring.take_back(first).rev());
+            budget = budget.max(u16::try_from(replay.len()).unwrap_or(u16::MAX));
+        }
+        let more = budget == 0 || self.ring.is_batch_full();
+        self.ring.publish();
+        more && !self.broken
+    }
+
+    fn take_batch(&mut self, budget: &mut u16, lane: &mut Lane, sink: &Arc<dyn ReplySink>) {
+        while *budget > 0 && !self.ring.is_batch_full() {
             let head = match self.replay.pop() {
                 Some(head) => head,
                 None => match self.ring.available() {
@@ -217,12 +238,8 @@ impl ActiveQueue {
                 },
             };
             self.take(head, lane, sink);
-            budget -= 1;
+            *budget -= 1;
         }
-        let more = budget == 0 || self.ring.is_batch_full();
-        lane.end_batch();
-        self.ring.publish();
-        more && !self.broken
     }
 
     /// Whether chains wait that a look, not a kick, has found.

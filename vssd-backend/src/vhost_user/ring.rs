@@ -252,9 +252,24 @@ impl Ring {
         u16::try_from(self.batch.len()).unwrap_or(self.spec.size)
     }
 
-    /// Makes the entries pushed since the last call visible to the driver.
+    /// How many entries wait to be published.
+    pub fn unpublished(&self) -> usize {
+        self.batch.len()
+    }
+
+    /// Takes unpublished entries back, from the one numbered `first` on; gives their heads.
+    pub fn take_back(&mut self, first: usize) -> impl DoubleEndedIterator<Item = u16> {
+        self.batch.drain(first.min(self.batch.len())..)
+    }
+
+    /// Makes the entries pushed since the last call visible to the driver. None of them if its memory is lost: an answer
+    /// might rest on zeroes that nobody wrote. The requests then stay in flight.
     pub fn publish(&mut self) {
         if self.batch.is_empty() {
+            return;
+        }
+        if self.mem.is_lost() {
+            self.batch.clear();
             return;
         }
         if let Some(inflight) = &mut self.inflight {
@@ -463,8 +478,8 @@ mod tests {
 
     #[test]
     fn what_is_popped_and_not_published_is_in_flight_after_a_crash() {
-        let (region, _file) = InflightRegion::create(1, SIZE).unwrap();
         let mem = Arc::new(memory(&[(0, 0x8000)]));
+        let (region, _file) = InflightRegion::create(1, SIZE, mem.alarm()).unwrap();
         let mut ring = Ring::new(spec(false), Arc::clone(&mem), region.queue(0, SIZE)).unwrap();
         offer(&ring, &[3, 1, 0]);
         let _taken: Vec<u16> = (0..3).map(|_| ring.pop()).collect();

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use tracing::{debug, info, warn};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -22,6 +23,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{
     BackendReqHandler, Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
 };
+use vssd_pool::sigbus::Alarm;
 use vssd_protocol::units::ByteOffset;
 
 use super::backend_channel;
@@ -41,6 +43,10 @@ const VIRTIO_F_RING_EVENT_IDX: u64 = 1 << 29;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 /// The front-end wants to know which of its memory the device writes.
 const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+
+/// Why a session ends that lost a page.
+const MEMORY_LOST: &str =
+    "memory that the front-end shares is gone: its file was shortened, or there is no room for all of it";
 
 /// What the socket's thread and the owner share about a vSSD's front-end.
 #[derive(Debug, Default)]
@@ -91,6 +97,13 @@ pub fn serve(context: SessionContext, socket: UnixStream) {
     let name = context.device.vssd.name().to_owned();
     let owner = context.device.owner.clone();
     let shared = Arc::clone(&context.shared);
+    let alarm = match Alarm::new() {
+        Ok(alarm) => alarm,
+        Err(error) => {
+            warn!(device = name, %error, "cannot serve a front-end");
+            return;
+        }
+    };
     info!(device = name, pid, "front-end connected");
     shared.update_status(|status| {
         status.connected = true;
@@ -99,9 +112,9 @@ pub fn serve(context: SessionContext, socket: UnixStream) {
     });
     owner.send(DeviceEvent::Connected { device, pid });
 
-    let session = Arc::new(Mutex::new(Session::new(context)));
+    let session = Arc::new(Mutex::new(Session::new(context, alarm.clone())));
     let mut handler = BackendReqHandler::from_stream(socket, Arc::clone(&session));
-    let end = run(&mut handler, &shared);
+    let end = run(&mut handler, &shared, &alarm);
     // The socket closes only after the queues have stopped: a front-end may take its memory back once it is closed.
     session.lock().unwrap_or_else(PoisonError::into_inner).stop_all(Parked::Abandon);
     shared.set_channel(None);
@@ -110,22 +123,35 @@ pub fn serve(context: SessionContext, socket: UnixStream) {
         status.pid = None;
         status.queues = 0;
     });
+    let lost = alarm.is_raised().then_some(MEMORY_LOST);
     match end {
+        _ if lost.is_some() => warn!(device = name, "front-end connection ended: {MEMORY_LOST}"),
         VhostError::Disconnected | VhostError::SocketBroken(_) => {
             info!(device = name, "front-end disconnected");
         }
         error => warn!(device = name, %error, "front-end connection ended"),
     }
     drop(handler);
-    owner.send(DeviceEvent::Disconnected { device });
+    owner.send(DeviceEvent::Disconnected { device, reason: lost });
 }
 
-fn run(handler: &mut BackendReqHandler<Mutex<Session>>, shared: &Shared) -> VhostError {
+fn run(handler: &mut BackendReqHandler<Mutex<Session>>, shared: &Shared, alarm: &Alarm) -> VhostError {
     let socket = match handler.try_clone_connection() {
         Ok(socket) => socket,
         Err(error) => return VhostError::SocketError(error),
     };
     loop {
+        // A queue may be the one to find that memory is lost, while no message comes.
+        let mut fds =
+            [PollFd::new(&socket, PollFlags::IN), PollFd::from_borrowed_fd(alarm.event(), PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(errno) => return VhostError::SocketError(errno.into()),
+        }
+        if alarm.is_raised() {
+            return VhostError::InvalidOperation(MEMORY_LOST);
+        }
         match backend_channel::peek(&socket) {
             Ok(Some(channel)) => shared.set_channel(Some(channel)),
             Ok(None) => {}
@@ -190,11 +216,11 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> VhostError {
 }
 
 impl Session {
-    fn new(context: SessionContext) -> Self {
+    fn new(context: SessionContext, alarm: Alarm) -> Self {
         let vrings = (0..context.geometry.queues).map(|_| Vring::default()).collect();
         Self {
             context,
-            mem: Arc::default(),
+            mem: Arc::new(GuestMemory::new(alarm)),
             vrings,
             features: 0,
             inflight: None,
@@ -409,7 +435,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         files: Vec<File>,
         _postcopy: Option<bool>,
     ) -> VhostResult<Option<Vec<u64>>> {
-        let mut mem = GuestMemory::default();
+        let mut mem = self.mem.emptied();
         for (region, file) in regions.iter().zip(files) {
             let spec = RegionSpec {
                 guest: region.guest_phys_addr,
@@ -558,7 +584,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         if queues > self.context.geometry.queues || size > MAX_QUEUE_SIZE {
             return Err(VhostError::InvalidParam);
         }
-        let (region, file) = InflightRegion::create(queues, size).map_err(failed)?;
+        let (region, file) = InflightRegion::create(queues, size, self.mem.alarm()).map_err(failed)?;
         self.inflight = Some(region);
         Ok((VhostUserInflight::new(InflightRegion::len(queues, size), 0, queues, size), file))
     }
@@ -571,7 +597,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         if queues > self.context.geometry.queues || size > MAX_QUEUE_SIZE {
             return Err(VhostError::InvalidParam);
         }
-        let region = InflightRegion::open(file, inflight.mmap_offset, inflight.mmap_size, queues, size);
+        let (offset, len) = (inflight.mmap_offset, inflight.mmap_size);
+        let region = InflightRegion::open(file, offset, len, (queues, size), self.mem.alarm());
         self.inflight = Some(region.map_err(failed)?);
         Ok(())
     }

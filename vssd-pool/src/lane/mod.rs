@@ -62,9 +62,10 @@ impl Lane {
     }
 
     /// Submits what the batch prepared and makes the copies that it put off. What its requests changed survives the end of
-    /// this process from here on, so what they returned is not to be told to anyone before.
-    pub fn end_batch(&mut self) {
-        self.work.end_batch(&self.core);
+    /// this process from here on, so what they returned is not to be told to anyone before. False if a medium has lost part
+    /// of what it held meanwhile: then what they returned may be wrong, and they are to be handed in again.
+    pub fn end_batch(&mut self) -> bool {
+        self.work.end_batch(&self.core)
     }
 
     /// Fills `iov` from `offset` on.

@@ -194,6 +194,10 @@ impl Work {
             let (kind, Some(medium)) = core.medium_of(physical) else {
                 return Err(IoError::Io(libc::ENODEV).into());
             };
+            if self.lost[kind.index()] {
+                self.fail_request(request, IoError::Io(libc::EIO))?;
+                break;
+            }
             let offset = medium.offset_of(physical, core.layout.block_size)
                 + (start & (core.layout.block_size.bytes() - 1));
             count(&bytes[kind.index()], len);

@@ -87,6 +87,8 @@ pub(super) struct Work {
     /// What the current request's blocks are; kept for its capacity.
     pub(super) resolved: Vec<Entry>,
     pub(super) zeroes: Option<AlignedBuf>,
+    /// Media that had lost part of what they held when the last section ended; nothing is asked of them any more.
+    pub(super) lost: [bool; 2],
 }
 
 pub(super) fn errno(error: &std::io::Error) -> IoError {
@@ -118,6 +120,7 @@ impl Work {
             ready: Vec::with_capacity(WARM),
             resolved: Vec::with_capacity(WARM),
             zeroes: None,
+            lost: [false; 2],
         }
     }
 
@@ -148,14 +151,15 @@ impl Work {
         core.grace.unregister(self.slot);
     }
 
-    pub(super) fn end_batch(&mut self, core: &Core) {
-        self.leave(core);
+    pub(super) fn end_batch(&mut self, core: &Core) -> bool {
+        let sound = self.leave(core);
         if std::mem::take(&mut self.look_again) {
             self.retry_parked(core);
             if !self.ready.is_empty() {
                 core.lanes[self.slot].ring();
             }
         }
+        sound
     }
 
     pub(super) fn flush(&mut self, core: &Core, token: u64) -> Submitted {
@@ -254,12 +258,14 @@ impl Work {
         true
     }
 
-    /// Submits what was prepared, makes the copies that wait, and closes the section.
-    fn leave(&mut self, core: &Core) {
+    /// Submits what was prepared, makes the copies that wait, and closes the section. False if one of them may have met a
+    /// hole in its medium.
+    fn leave(&mut self, core: &Core) -> bool {
         if let Some(ring) = &mut self.ring {
             ring.submit();
         }
         self.copies.finish(core);
+        let sound = self.notice_losses(core);
         if let Some(parity) = self.section.take() {
             core.grace.leave(self.slot, parity);
             // A failure is remembered by the journal, and met by the next change and the next flush.
@@ -267,6 +273,27 @@ impl Work {
                 tracing::debug!(%error, "records stay in memory");
             }
         }
+        sound
+    }
+
+    /// False if a medium lost part of what it held since this was last asked. Whatever is under way then fails, for it may
+    /// have met the hole, and so do all changes of the pool from now on.
+    fn notice_losses(&mut self, core: &Core) -> bool {
+        let mut sound = true;
+        for (lost, medium) in self.lost.iter_mut().zip(&core.media) {
+            let Some(medium) = medium else { continue };
+            if !*lost && medium.store.is_lost() {
+                *lost = true;
+                sound = false;
+            }
+        }
+        if !sound {
+            core.journal.fail(&std::io::Error::from_raw_os_error(libc::EIO));
+            let failed = Err(IoError::Io(libc::EIO));
+            self.requests.iter_mut().for_each(|request| request.result = failed);
+            self.ready.iter_mut().for_each(|(_, result)| *result = failed);
+        }
+        sound
     }
 
     /// Validates a request and carries it out or parks it.
@@ -286,8 +313,8 @@ impl Work {
                 Submitted::Pending
             }
         };
-        if opened {
-            self.end_batch(core);
+        if opened && !self.end_batch(core) && submitted != Submitted::Pending {
+            return Submitted::Done(Err(IoError::Io(libc::EIO)));
         }
         submitted
     }

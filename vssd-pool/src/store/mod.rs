@@ -108,7 +108,13 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Announces a copy of `len` bytes at `offset`. True if the copy cannot fail, so that a caller may count on it and
     /// make it later, when the bytes have come closer.
-    fn prepare_copy(&self, _offset: u64, _len: usize) -> bool {
+    fn prepare_copy(&self, _offset: u64, _len: usize, _is_write: bool) -> bool {
+        false
+    }
+
+    /// Whether part of the medium has vanished under its mapping since it was opened. What was copied from or to it since
+    /// the answer was last `false` may be wrong. Costs one load.
+    fn is_lost(&self) -> bool {
         false
     }
 

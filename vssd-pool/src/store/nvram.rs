@@ -14,8 +14,9 @@
 //! A write that was not flushed may be torn by a power cut anywhere, also within a sector; a disk's guest may count on
 //! no more, but an SSD happens to give it whole sectors.
 //!
-//! Not done: a file that someone truncates while it is mapped raises SIGBUS and ends the process. The size
-//! is checked at open, and the exclusive lock keeps other pools away.
+//! A file that someone truncates while it is mapped, or whose filesystem has no room for its holes, loses pages. The
+//! mapping is watched ([`sigbus`](crate::sigbus)): the store is *lost* from then on, and every operation fails. Lanes copy
+//! without looking and ask [`Store::is_lost`] once a batch.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -26,6 +27,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::file::MediumFile;
 use super::{RingTarget, Store, out_of_bounds, stream, within};
 use crate::error::{Error, Result};
+use crate::sigbus::{Alarm, Watch};
 use crate::types::{MediumKind, Persistence};
 
 /// See the module's text.
@@ -33,6 +35,7 @@ use crate::types::{MediumKind, Persistence};
 pub struct NvramStore {
     medium: MediumFile,
     mapping: Mapping,
+    alarm: Alarm,
     persistence: Persistence,
     bytes_written: AtomicU64,
 }
@@ -42,6 +45,7 @@ pub struct NvramStore {
 struct Mapping {
     start: NonNull<u8>,
     len: usize,
+    watch: Option<Watch>,
 }
 
 // SAFETY: the mapping is plain memory that is only accessed through raw pointers within its bounds; it is
@@ -52,12 +56,14 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // It must not outlive the mapping.
+        self.watch = None;
         // SAFETY: start and len are those of the successful mmap; nothing uses it any more.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
 
-fn map(medium: &MediumFile, flags: libc::c_int) -> io::Result<Mapping> {
+fn map(medium: &MediumFile, flags: libc::c_int, alarm: &Alarm) -> io::Result<Mapping> {
     let len = usize::try_from(medium.size).map_err(|_| out_of_bounds())?;
     let protection = if medium.read_only { libc::PROT_READ } else { libc::PROT_READ | libc::PROT_WRITE };
     // SAFETY: a new mapping at an address of the kernel's choice disturbs no other memory.
@@ -66,7 +72,11 @@ fn map(medium: &MediumFile, flags: libc::c_int) -> io::Result<Mapping> {
         return Err(io::Error::last_os_error());
     }
     let start = NonNull::new(start.cast()).ok_or_else(out_of_bounds)?;
-    Ok(Mapping { start, len })
+    let mut mapping = Mapping { start, len, watch: None };
+    // SAFETY: the mapping is this one's own, drops the watch first, and is only accessed through raw pointers.
+    let watch = unsafe { Watch::new(start.as_ptr(), len, &medium.file, protection, alarm) }?;
+    mapping.watch = Some(watch);
+    Ok(mapping)
 }
 
 impl NvramStore {
@@ -74,15 +84,16 @@ impl NvramStore {
         if medium.size == 0 {
             return Err(Error::medium(&medium.path, "is empty"));
         }
+        let alarm = Alarm::new().map_err(|source| Error::io("cannot make an event descriptor", source))?;
         let io_error = |source| Error::io(format!("cannot map {}", medium.path.display()), source);
         let sync_mapping = || {
             if stream::can_write_back() {
-                map(&medium, libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC)
+                map(&medium, libc::MAP_SHARED_VALIDATE | libc::MAP_SYNC, &alarm)
             } else {
                 Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
             }
         };
-        let plain_mapping = || map(&medium, libc::MAP_SHARED).map_err(io_error);
+        let plain_mapping = || map(&medium, libc::MAP_SHARED, &alarm).map_err(io_error);
         let (mapping, persistence) = match wanted {
             Persistence::MapSync => {
                 let mapping = sync_mapping().map_err(|source| {
@@ -101,7 +112,7 @@ impl NvramStore {
                 Err(_) => (plain_mapping()?, Persistence::Msync),
             },
         };
-        Ok(Self { medium, mapping, persistence, bytes_written: AtomicU64::new(0) })
+        Ok(Self { medium, mapping, alarm, persistence, bytes_written: AtomicU64::new(0) })
     }
 
     fn at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {
@@ -111,6 +122,11 @@ impl NvramStore {
         let offset = usize::try_from(offset).map_err(|_| out_of_bounds())?;
         // SAFETY: offset + len was just checked to lie within the mapping.
         Ok(unsafe { self.mapping.start.as_ptr().add(offset) })
+    }
+
+    /// To be asked behind an access: an error if it may have met a hole.
+    fn alive(&self) -> io::Result<()> {
+        if self.alarm.is_raised() { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
     }
 
     fn writable_at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {
@@ -144,7 +160,8 @@ impl Store for NvramStore {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         // SAFETY: buf is exclusively ours and buf.len() bytes long.
-        unsafe { self.copy_out(offset, buf.as_mut_ptr(), buf.len()) }
+        unsafe { self.copy_out(offset, buf.as_mut_ptr(), buf.len()) }?;
+        self.alive()
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
@@ -152,7 +169,7 @@ impl Store for NvramStore {
         // SAFETY: buf is buf.len() readable bytes.
         unsafe { self.copy_in(offset, buf.as_ptr(), buf.len()) }?;
         self.settle();
-        Ok(())
+        self.alive()
     }
 
     fn write_align(&self) -> u32 {
@@ -169,11 +186,14 @@ impl Store for NvramStore {
         }
         self.settle();
         self.bytes_written.fetch_add(len as u64, Ordering::Relaxed);
-        Ok(())
+        self.alive()
     }
 
     fn sync(&self) -> io::Result<()> {
-        if self.persistence == Persistence::Msync { self.medium.file.sync_data() } else { Ok(()) }
+        if self.persistence == Persistence::Msync {
+            self.medium.file.sync_data()?;
+        }
+        self.alive()
     }
 
     fn sync_is_instant(&self) -> bool {
@@ -211,14 +231,17 @@ impl Store for NvramStore {
         stream::settle();
     }
 
-    fn prepare_copy(&self, offset: u64, len: usize) -> bool {
-        match self.at(offset, len) {
-            Ok(at) if !self.medium.read_only => {
-                stream::prefetch(at, len);
-                true
-            }
-            _ => false,
+    fn prepare_copy(&self, offset: u64, len: usize, is_write: bool) -> bool {
+        match if is_write { self.writable_at(offset, len) } else { self.at(offset, len) } {
+            Ok(at) if is_write => stream::prefetch_page(at),
+            Ok(at) => stream::prefetch(at, len),
+            Err(_) => return false,
         }
+        true
+    }
+
+    fn is_lost(&self) -> bool {
+        self.alarm.is_raised()
     }
 
     fn bytes_written(&self) -> u64 {

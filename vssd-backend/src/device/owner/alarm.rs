@@ -63,7 +63,10 @@ impl Alarm {
             news.push((event, data));
         }
         if info.failed && !self.failed {
-            news.push(("pool.failed", json!({ "hint": "see the daemon's log, then restart it" })));
+            news.push((
+                "pool.failed",
+                json!({ "reason": problem(info), "hint": "see the daemon's log, then restart it" }),
+            ));
         }
         self.failed = info.failed;
         news
@@ -89,6 +92,21 @@ impl Alarm {
             (Level::Full | Level::Low, Level::Ok) if still_low => Level::Low,
             _ => reached,
         }
+    }
+}
+
+/// What made a pool fail and what to do, for people.
+pub(super) fn problem(info: &PoolInfo) -> Option<String> {
+    let lost = info.media.iter().find(|medium| medium.is_lost);
+    match lost {
+        Some(medium) => Some(format!(
+            "medium {} has lost part of what it held: its file was shortened, or its filesystem has no room for it; \
+             make room or bring a copy back, then restart the daemon",
+            medium.path.display()
+        )),
+        None => info.failed.then(|| {
+            "a write to a medium failed and nothing new is acknowledged; see the daemon's log, then restart it".to_owned()
+        }),
     }
 }
 

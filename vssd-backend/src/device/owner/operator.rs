@@ -285,6 +285,7 @@ impl Owner {
             available_bytes: bytes(info.promisable_blocks.saturating_sub(info.promised_blocks)),
             overcommit_percent: info.overcommit_percent,
             health: alarm::health(&info).to_owned(),
+            problem: alarm::problem(&info),
             media: info.media.iter().map(medium_info).collect(),
             devices: u32::try_from(self.devices.len()).unwrap_or(u32::MAX),
             name: info.name,
