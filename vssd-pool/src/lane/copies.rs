@@ -42,9 +42,10 @@ impl Copies {
     /// # Safety
     /// Its memory must stay valid for `len` bytes until [`Copies::finish`].
     pub(super) unsafe fn push(&mut self, core: &Core, copy: Copy) -> std::io::Result<()> {
-        self.wrote |= copy.direction == Direction::Write;
+        let is_write = copy.direction == Direction::Write;
+        self.wrote |= is_write;
         let Some(medium) = &core.media[copy.medium.index()] else { return Ok(()) };
-        if !medium.store.prepare_copy(copy.offset, copy.len) {
+        if !medium.store.prepare_copy(copy.offset, copy.len, is_write) {
             // SAFETY: the caller keeps the memory valid.
             return unsafe { make(core, copy) };
         }
