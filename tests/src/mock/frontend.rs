@@ -8,9 +8,10 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    SendFlags, recv, recvmsg, sendmsg,
 };
 
 use super::PATIENCE;
@@ -48,6 +49,7 @@ pub mod request {
 /// Protocol feature bits.
 pub mod protocol {
     pub const MQ: u64 = 1 << 0;
+    pub const LOG_SHMFD: u64 = 1 << 1;
     pub const REPLY_ACK: u64 = 1 << 3;
     pub const BACKEND_REQ: u64 = 1 << 5;
     pub const CONFIG: u64 = 1 << 9;
@@ -169,6 +171,18 @@ impl Frontend {
         match answer.u64()? {
             0 => Ok(()),
             error => bail!("message {request} was refused with {error}"),
+        }
+    }
+
+    /// Whether the daemon has ended the connection. Does not wait; what it sent before is thrown away.
+    pub fn has_ended(&self) -> bool {
+        let mut bytes = [0u8; 256];
+        loop {
+            match recv(&self.socket, &mut bytes, RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => return true,
+                Ok(_) => {}
+                Err(errno) => return errno != Errno::AGAIN,
+            }
         }
     }
 

@@ -3,9 +3,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::{Context, Result};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -68,6 +67,7 @@ impl Drop for Region {
 pub struct GuestRam {
     regions: Vec<Region>,
     cursor: Mutex<u64>,
+    copy: OnceLock<Mutex<Vec<Vec<u8>>>>,
 }
 
 impl GuestRam {
@@ -76,7 +76,7 @@ impl GuestRam {
         let regions = (0..).zip(layout).map(|(index, (guest, len))| Region::new(index, *guest, *len));
         let regions = regions.collect::<Result<Vec<_>>>()?;
         let first = regions.first().context("no memory")?.guest;
-        Ok(Self { regions, cursor: Mutex::new(first + 0x1000) })
+        Ok(Self { regions, cursor: Mutex::new(first + 0x1000), copy: OnceLock::new() })
     }
 
     /// 64 MiB, directly followed by a region of 16 MiB from another file, and after a hole 16 MiB at 4 GiB.
@@ -130,11 +130,61 @@ impl GuestRam {
         }
     }
 
+    /// Begins to keep a copy of all memory as another machine would have it that the guest is being moved to. What the driver
+    /// writes goes there at once, what the device writes only with [`GuestRam::copy_range`].
+    pub fn keep_copy(&self) {
+        let copy = self.regions.iter().map(|r| vec![0; usize::try_from(r.len).unwrap_or(0)]).collect();
+        let _ = self.copy.set(Mutex::new(copy));
+        for region in &self.regions {
+            self.copy_range(region.guest, region.len);
+        }
+    }
+
+    fn copy(&self) -> Option<MutexGuard<'_, Vec<Vec<u8>>>> {
+        self.copy.get().map(|copy| copy.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Brings `len` bytes of the copy up to date. What is no memory is passed over.
+    pub fn copy_range(&self, guest: u64, len: u64) {
+        let Some(mut copy) = self.copy() else { return };
+        for (region, copy) in self.regions.iter().zip(copy.iter_mut()) {
+            let (from, to) = (guest.max(region.guest), (guest + len).min(region.guest + region.len));
+            if from < to {
+                let at = usize::try_from(from - region.guest).unwrap_or(0);
+                let n = usize::try_from(to - from).unwrap_or(0);
+                self.read_into(from, &mut copy[at..at + n]);
+            }
+        }
+    }
+
+    /// Where memory differs from the copy: the first such byte, and how many there are.
+    pub fn differs_from_copy(&self) -> Option<(u64, usize)> {
+        let copy = self.copy()?;
+        let mut found = None;
+        for (region, copy) in self.regions.iter().zip(copy.iter()) {
+            let now = self.read(region.guest, copy.len());
+            if now != *copy {
+                for (at, _) in now.iter().zip(copy).enumerate().filter(|(_, (now, copy))| now != copy) {
+                    found.get_or_insert((region.guest + at as u64, 0)).1 += 1;
+                }
+            }
+        }
+        found
+    }
+
+    /// The driver wrote `len` bytes at `guest`.
+    fn wrote(&self, guest: u64, len: usize) {
+        if self.copy.get().is_some() {
+            self.copy_range(guest, len as u64);
+        }
+    }
+
     pub fn write(&self, guest: u64, bytes: &[u8]) {
         self.pieces(guest, bytes.len(), |host, at, n| {
             // SAFETY: `locate` gave `n` mapped bytes; nobody has a reference to them.
             unsafe { ptr::copy_nonoverlapping(bytes[at..].as_ptr(), host, n) };
         });
+        self.wrote(guest, bytes.len());
     }
 
     pub fn read_into(&self, guest: u64, bytes: &mut [u8]) {
@@ -156,6 +206,7 @@ impl GuestRam {
             // SAFETY: `locate` gave `n` mapped bytes; nobody has a reference to them.
             unsafe { ptr::write_bytes(host, value, n) };
         });
+        self.wrote(guest, len);
     }
 
     fn atomic(&self, guest: u64) -> &AtomicU16 {
@@ -173,6 +224,7 @@ impl GuestRam {
     /// Writes a 16-bit field after everything written before.
     pub fn store(&self, guest: u64, value: u16) {
         self.atomic(guest).store(value.to_le(), Ordering::Release);
+        self.wrote(guest, 2);
     }
 
     /// A full barrier, as between publishing an index and reading the other side's wish.
