@@ -21,12 +21,12 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use vm_memory::FileOffset;
-use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vssd_pool::sigbus::Alarm;
 
 use super::chain::{self, Segments};
 use super::memory::GuestMemory;
 use super::ring::Ring;
+use super::sigbus::{MappingError, SharedMapping};
 
 /// Bytes that one bit stands for (vhost-user, "Migration": "dirty pages are of size 0x1000").
 const PAGE: u64 = 0x1000;
@@ -45,7 +45,7 @@ pub enum DirtyLogError {
     #[error("cannot examine the file of the dirty log")]
     Stat(#[source] std::io::Error),
     #[error("cannot map the dirty log")]
-    Map(#[source] vm_memory::mmap::MmapRegionError),
+    Map(#[source] MappingError),
 }
 
 /// A bitmap shared with the front-end.
@@ -54,7 +54,7 @@ pub struct DirtyLog {
     /// The first byte of the bitmap; in `_mapping`.
     bits: *mut u8,
     len: u64,
-    _mapping: MmapRegion<()>,
+    _mapping: SharedMapping,
 }
 
 // SAFETY: `bits` leads into `_mapping`, which lives as long; its bytes are only accessed with atomics.
@@ -63,24 +63,19 @@ unsafe impl Send for DirtyLog {}
 unsafe impl Sync for DirtyLog {}
 
 impl DirtyLog {
-    /// Maps `size` bytes of `file` from `offset` on.
-    pub fn map(file: File, size: u64, offset: u64) -> Result<Self, DirtyLogError> {
+    /// Maps `size` bytes of `file` from `offset` on. `alarm` is raised when the front-end shortens the file later.
+    pub fn map(file: File, size: u64, offset: u64, alarm: &Alarm) -> Result<Self, DirtyLogError> {
         let bounds = || DirtyLogError::Bounds { size, offset };
         let needed = offset.checked_add(size).filter(|_| size > 0).ok_or_else(bounds)?;
         let actual = file.metadata().map_err(DirtyLogError::Stat)?.len();
-        // A page past the end of a file raises SIGBUS when touched. What has no length is no file for a log.
+        // What has no length is no file for a log.
         if actual < needed {
             return Err(DirtyLogError::FileTooShort { needed, actual });
         }
         // Mappings begin at pages, logs need not.
         let before = offset % PAGE;
         let len = size.checked_add(before).and_then(|len| usize::try_from(len).ok()).ok_or_else(bounds)?;
-        let mapping = MmapRegionBuilder::new(len)
-            .with_file_offset(FileOffset::new(file, offset - before))
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED)
-            .build()
-            .map_err(DirtyLogError::Map)?;
+        let mapping = SharedMapping::new(file, offset - before, len, alarm).map_err(DirtyLogError::Map)?;
         // Fits: less than a page.
         let bits = mapping.as_ptr().wrapping_add(usize::try_from(before).unwrap_or(0));
         Ok(Self { bits, len: size, _mapping: mapping })
@@ -164,15 +159,13 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::memory::tests::memory;
+    use super::super::memory::tests::{file, memory};
     use super::super::ring::RingSpec;
     use super::*;
 
-    fn file(len: u64) -> File {
-        let fd = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        let file = File::from(fd);
-        file.set_len(len).unwrap();
-        file
+    /// A log of `size` bytes at `offset` in a file of `len`.
+    fn log(len: u64, size: u64, offset: u64) -> Result<DirtyLog, DirtyLogError> {
+        DirtyLog::map(file(len), size, offset, &Alarm::new().unwrap())
     }
 
     /// Takes the marks out of a log, as a front-end does.
@@ -191,20 +184,19 @@ mod tests {
 
     #[test]
     fn a_log_that_lies_about_its_size_is_refused() {
-        let map = |len, size, offset| DirtyLog::map(file(len), size, offset);
-        assert!(map(0x2000, 0x1000, 0x1000).is_ok());
-        assert!(map(0x2000, 0x10, 0x1234).is_ok(), "a log may begin anywhere in its file");
-        assert!(matches!(map(0x2000, 0x1001, 0x1000), Err(DirtyLogError::FileTooShort { .. })));
-        assert!(matches!(map(0x2000, 0x2000, u64::MAX - 0xfff), Err(DirtyLogError::Bounds { .. })));
-        assert!(matches!(map(0x2000, u64::MAX, 1), Err(DirtyLogError::Bounds { .. })));
-        assert!(matches!(map(0x2000, 0, 0), Err(DirtyLogError::Bounds { .. })));
+        assert!(log(0x2000, 0x1000, 0x1000).is_ok());
+        assert!(log(0x2000, 0x10, 0x1234).is_ok(), "a log may begin anywhere in its file");
+        assert!(matches!(log(0x2000, 0x1001, 0x1000), Err(DirtyLogError::FileTooShort { .. })));
+        assert!(matches!(log(0x2000, 0x2000, u64::MAX - 0xfff), Err(DirtyLogError::Bounds { .. })));
+        assert!(matches!(log(0x2000, u64::MAX, 1), Err(DirtyLogError::Bounds { .. })));
+        assert!(matches!(log(0x2000, 0, 0), Err(DirtyLogError::Bounds { .. })));
         let null = File::options().read(true).write(true).open("/dev/zero").unwrap();
-        assert!(DirtyLog::map(null, 0x1000, 0).is_err(), "a device has no length");
+        assert!(DirtyLog::map(null, 0x1000, 0, &Alarm::new().unwrap()).is_err(), "a device has no length");
     }
 
     #[test]
     fn memory_beyond_the_log_is_refused_and_marks_beyond_it_are_dropped() {
-        let log = DirtyLog::map(file(2), 2, 0).unwrap();
+        let log = log(2, 2, 0).unwrap();
         assert!(log.expect_covers(&memory(&[(0, 0x8000), (0x8000, 0x8000)])).is_ok());
         assert!(log.expect_covers(&memory(&[(0, 0x8000), (0x10000, 0x1000)])).is_err());
         log.mark(0xf000, 0x5000);
@@ -218,7 +210,7 @@ mod tests {
             offset in 0u64..0x1800,
             writes in prop::collection::vec((0u64..0x20_0000, 0u64..0x9_0000), 0..8),
         ) {
-            let log = DirtyLog::map(file(0x2000), 64, offset).unwrap();
+            let log = log(0x2000, 64, offset).unwrap();
             let mut naive = BTreeSet::new();
             for (guest, len) in writes {
                 log.mark(guest, len);
@@ -242,7 +234,7 @@ mod tests {
             let mem = Arc::new(memory(&[(0, 0x6000), (DATA, 0x8000), (DATA + 0x8000, 0x8000)]));
             let spec = RingSpec { size: 8, desc: 0, avail: 0x1000, used: 0x2fe0, event_idx, next_avail: 0 };
             let mut ring = Ring::new(spec, Arc::clone(&mem), None).unwrap();
-            let log = Arc::new(DirtyLog::map(file(0x1000), 0x1000, 0).unwrap());
+            let log = Arc::new(log(0x1000, 0x1000, 0).unwrap());
             let peek = |guest: u64| {
                 // SAFETY: one mapped byte.
                 unsafe { mem.translate_whole(guest, 1).unwrap().read_volatile() }
@@ -301,7 +293,7 @@ mod tests {
         let mem = Arc::new(memory(&[(0, 0x6000)]));
         let spec = RingSpec { size: 8, desc: 0, avail: 0x1000, used: 0x2000, event_idx: true, next_avail: 0 };
         let mut ring = Ring::new(spec, mem, None).unwrap();
-        let log = Arc::new(DirtyLog::map(file(0x1000), 0x1000, 0).unwrap());
+        let log = Arc::new(log(0x1000, 0x1000, 0).unwrap());
         for (used, pages) in [(Some(0x7_0000), BTreeSet::from([0x70])), (None, BTreeSet::new())] {
             ring.set_log(Some(QueueLog::new(Arc::clone(&log), used)));
             ring.push_used(3, 0);

@@ -641,7 +641,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> VhostResult<()> {
-        let log = DirtyLog::map(file, log.mmap_size, log.mmap_offset).map_err(failed)?;
+        let log = DirtyLog::map(file, log.mmap_size, log.mmap_offset, self.mem.alarm()).map_err(failed)?;
         log.expect_covers(&self.mem).map_err(failed)?;
         self.log = Some(Arc::new(log));
         self.apply_log();
