@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The daemon dies, the front-end leaves, queues stop: no request is lost, none is carried out wrongly, and nothing of the
-//! negotiation is forgotten.
+//! The front-end leaves, queues stop, the daemon dies in the middle of a negotiation: no request is lost, none is carried out
+//! wrongly, and nothing of the negotiation is forgotten. Deaths under load are in `wire_kill`.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,7 +13,8 @@ use vssd_protocol::guest::{RangeStatus, Request, RequestResult, RequestType, Res
 use vssd_tests::mock::driver::{Driver, anywhere};
 use vssd_tests::mock::load::{Load, Profile};
 use vssd_tests::mock::machine::{F_EVENT_IDX, Machine, Options};
-use vssd_tests::mock::queue::{S_OK, SECTOR, T_OUT};
+use vssd_tests::mock::queue::{S_OK, SECTOR, T_IN, T_OUT};
+use vssd_tests::mock::ram::GuestRam;
 use vssd_tests::mock::ring::Segment;
 use vssd_tests::mock::site::{BLOCK, MIB, Site};
 use vssd_tests::mock::{PATIENCE, rng, seed};
@@ -30,80 +31,6 @@ fn load(site: &mut Site, options: Options, zeroing: bool, seed: u64) -> Result<(
     let profile = Profile { bytes: 0..SIZE, unit, block: BLOCK, depth: 32, zeroing, tables: true };
     let load = Load::new(queues, profile, seed)?;
     Ok((machine, load))
-}
-
-/// What the load meets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Disk {
-    /// Every block is there, and nothing is discarded: requests change data only.
-    Full,
-    /// Blocks come and go with writes and discards. What was answered and not yet flushed must outlive the daemon too: its
-    /// guest goes on and will not write it again.
-    Thin,
-}
-
-/// V-38: `kills` times the daemon is killed at a moment of chance with up to 64 requests on their way.
-fn kills(medium: Medium, kills: u32, options: Options, disk: Disk, seed: u64) -> Result<()> {
-    let mut site = Site::new(medium, 100)?;
-    let (mut machine, mut load) = load(&mut site, options, disk == Disk::Thin, seed)?;
-    if disk == Disk::Full {
-        load.touch_all()?;
-    }
-    let mut rng = rng(!seed);
-    let mut caught = 0;
-    for kill in 0..kills {
-        load.run(rng.random_range(100..600)).with_context(|| format!("before kill {kill}"))?;
-        load.fill()?;
-        thread::sleep(Duration::from_micros(rng.random_range(0..1500)));
-        site.daemon.kill()?;
-        load.collect_ready().with_context(|| format!("at kill {kill}"))?;
-        caught += load.in_flight();
-        site.revive()?;
-        machine.reconnect()?;
-        ensure!(machine.channel()?.config_changed(PATIENCE)?, "V-8: no message after reconnect {kill}");
-        // Now and then the next one dies before it has caught up.
-        if rng.random_ratio(1, 4) {
-            thread::sleep(Duration::from_micros(rng.random_range(0..3000)));
-            site.kill_and_restart()?;
-            machine.reconnect()?;
-        }
-        load.drain().with_context(|| format!("after kill {kill}"))?;
-        if kill % 5 == 4 {
-            load.verify().with_context(|| format!("after kill {kill}"))?;
-        }
-    }
-    load.verify()?;
-    println!("{kills} kills met {caught} requests without an answer: {:?}", load.counts);
-    ensure!(caught > 0, "no kill met a request in flight");
-    let in_order = matches!(medium, Medium::Nvram);
-    ensure!(in_order || load.counts.overtaken > 0, "no request overtook another");
-    site.finish()
-}
-
-#[test]
-fn twenty_kills_under_load_lose_no_request_on_an_ssd() -> Result<()> {
-    kills(Medium::Ssd, 20, Options::default(), Disk::Full, seed("wire_reconnect/ssd"))
-}
-
-#[test]
-fn twenty_kills_under_load_lose_no_request_on_nvram() -> Result<()> {
-    kills(Medium::Nvram, 20, Options::default(), Disk::Full, seed("wire_reconnect/nvram"))
-}
-
-#[test]
-fn twenty_kills_lose_no_first_write_and_no_discard_on_an_ssd() -> Result<()> {
-    kills(Medium::Ssd, 20, Options::default(), Disk::Thin, seed("wire_reconnect/thin-ssd"))
-}
-
-#[test]
-fn twenty_kills_lose_no_first_write_and_no_discard_on_nvram() -> Result<()> {
-    kills(Medium::Nvram, 20, Options::default(), Disk::Thin, seed("wire_reconnect/thin-nvram"))
-}
-
-#[test]
-fn ten_kills_of_a_ring_without_event_index_whose_indices_wrap_lose_no_request() -> Result<()> {
-    let options = Options { without: F_EVENT_IDX, before_wrap: 700, ..Options::default() };
-    kills(Medium::Ssd, 10, options, Disk::Full, seed("wire_reconnect/wrap"))
 }
 
 /// The front-end leaves and comes back to the same daemon, which has answered or kept what was in flight.
@@ -231,6 +158,71 @@ fn no_kick_and_no_interrupt_is_lost_however_starts_and_stops_fall() -> Result<()
         }
         site.finish()?;
     }
+    Ok(())
+}
+
+/// Shows the device what is offered, and does not kick.
+fn show(machine: &mut Machine, sector: u64) -> Result<u16> {
+    let queue = machine.queue(0)?;
+    let memory = Segment::into(queue.bounce(), 512);
+    let head = queue.prepare(T_IN, sector, &[memory])?;
+    let next = queue.ring.next_avail();
+    queue.ring.force_avail_idx(next);
+    Ok(head)
+}
+
+/// Class 16: chains that were made available without any kick are taken when their ring starts: the first time, after a
+/// stop, for a new front-end and for a new daemon.
+#[test]
+fn a_ring_that_starts_is_processed_unprompted() -> Result<()> {
+    let (mut firsts, mut starts, mut reconnects, mut deaths) = (0, 0, 0, 0);
+    for (medium, without) in [(Medium::Nvram, 0), (Medium::Ssd, 0), (Medium::Nvram, F_EVENT_IDX)] {
+        let mut site = Site::new(medium, 100)?;
+        site.operator.create("vm1", SIZE, &json!({}))?;
+        let options = Options { without, ..Options::default() };
+        let mut machine = Machine::new(&site.socket("vm1"), options, GuestRam::standard()?)?;
+        let mut sector = 0;
+        let mut round =
+            |machine: &mut Machine, begin: &mut dyn FnMut(&mut Machine) -> Result<()>| -> Result<()> {
+                // A ring's worth now and then, so that indices wrap and the first look must take more than one chain.
+                let chains = if sector % 5 == 0 { 40 } else { 1 };
+                let heads: Vec<u16> = (0..chains).map(|_| show(machine, sector)).collect::<Result<_>>()?;
+                sector += 1;
+                begin(machine)?;
+                for head in heads {
+                    let answer = machine.queue(0)?.wait(head, PATIENCE).context("shown without a kick")?;
+                    ensure!(answer.status == S_OK, "{answer:?}");
+                }
+                Ok(())
+            };
+        round(&mut machine, &mut |machine| {
+            machine.connect()?;
+            machine.run()
+        })?;
+        firsts += 1;
+        for _ in 0..300 {
+            machine.stop_queue(0)?;
+            round(&mut machine, &mut |machine| machine.start_queue(0))?;
+            starts += 1;
+        }
+        for _ in 0..20 {
+            machine.disconnect();
+            round(&mut machine, &mut Machine::reconnect)?;
+            reconnects += 1;
+        }
+        for _ in 0..5 {
+            site.daemon.kill()?;
+            round(&mut machine, &mut |machine| {
+                site.revive()?;
+                machine.reconnect()
+            })?;
+            deaths += 1;
+        }
+        site.finish()?;
+    }
+    println!(
+        "{firsts} first starts, {starts} starts, {reconnects} reconnects, {deaths} deaths without a kick"
+    );
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 //!
 //! After every answer the model is compared with what the device says of itself.
 
+use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -34,6 +35,18 @@ pub struct News {
     pub reason: Reason,
     pub deadline_ms: u32,
 }
+
+/// The device does not know the driver's session, or not any more.
+#[derive(Clone, Copy, Debug)]
+pub struct Stale;
+
+impl fmt::Display for Stale {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the request was answered STALE")
+    }
+}
+
+impl std::error::Error for Stale {}
 
 #[derive(Clone, Copy, Debug)]
 struct Area {
@@ -100,6 +113,7 @@ impl Driver {
     pub fn hello(&mut self) -> Result<()> {
         let request = Request::Hello { version: guest::VERSION, features: 0, driver: "mock 1".into() };
         let response = self.call(&request)?;
+        ensure!(response.result != RequestResult::Stale, Stale);
         ensure!(response.result == RequestResult::Ok, "HELLO: {response:?}");
         let ResponseBody::Hello(hello) = response.body else { bail!("HELLO: {response:?}") };
         self.hello = hello;
@@ -193,6 +207,7 @@ impl Driver {
     /// As [`Driver::call`] for what must be carried out.
     pub fn ok(&mut self, request: &Request) -> Result<ResponseBody> {
         let response = self.call(request)?;
+        ensure!(response.result != RequestResult::Stale, Stale);
         ensure!(response.result == RequestResult::Ok, "{:?}: {:?}", request.kind(), response.result);
         Ok(response.body)
     }
@@ -365,6 +380,45 @@ impl Driver {
             }
         }
         self.follow(choose)
+    }
+
+    /// One round of a driver whose device may crash at any time: hears news for at most `limit` and follows the target.
+    /// Where the session is over, begins another. Returns whether the target is reached.
+    pub fn live(&mut self, choose: &mut Choice<'_>, limit: Duration) -> Result<bool> {
+        match self.hear_and_follow(choose, limit) {
+            Err(error) if error.is::<Stale>() => {
+                self.rejoin()?;
+                Ok(false)
+            }
+            other => other,
+        }
+    }
+
+    fn hear_and_follow(&mut self, choose: &mut Choice<'_>, limit: Duration) -> Result<bool> {
+        if self.sizes.requested_blocks == self.count() {
+            if self.parked.is_none() {
+                self.park(self.sizes.seq)?;
+            }
+            let Some(response) = self.wait_answer(limit)? else { return Ok(true) };
+            ensure!(response.result == RequestResult::Ok, Stale);
+            let ResponseBody::Wait { flags, .. } = response.body else { bail!("{response:?}") };
+            self.sizes = response.sizes;
+            if flags & guest::NEWS_STATE != 0 {
+                self.refresh()?;
+            }
+        }
+        self.follow(choose)
+    }
+
+    /// Says HELLO until a session lasts long enough to read the plugged set.
+    fn rejoin(&mut self) -> Result<()> {
+        for _ in 0..100 {
+            match self.hello() {
+                Err(error) if error.is::<Stale>() => {}
+                other => return other,
+            }
+        }
+        bail!("a hundred sessions were over at once")
     }
 
     /// The plugged blocks, ascending.

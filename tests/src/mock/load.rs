@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Random I/O that knows what every sector must hold: each write leaves its own version of each sector it covers.
 //!
-//! Requests that overlap are never in flight together unless all are reads, so every read has one right answer.
+//! A read is never in flight together with a request that changes what it reads, so it has one right answer. Writes may be in
+//! flight together with writes of the same sectors ([`Load::overlapping`]): then either may be the last, until a read tells.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use rand::Rng;
 use rand::rngs::StdRng;
 
@@ -49,6 +50,14 @@ struct Flight {
     order: u64,
 }
 
+/// A version of a sector and when it was answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Written {
+    /// 0 is zeroes.
+    version: u32,
+    answered: u64,
+}
+
 /// What the load did.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
@@ -58,6 +67,8 @@ pub struct Counts {
     pub zeroings: u64,
     /// Answers that overtook an older request of their queue.
     pub overtaken: u64,
+    /// Writes sent while another write to one of their sectors was in flight.
+    pub overlaps: u64,
 }
 
 /// A load and its queues.
@@ -68,9 +79,13 @@ pub struct Load {
     profile: Profile,
     seed: u64,
     rng: StdRng,
-    /// Of every sector of the range; 0 is zeroes.
-    versions: Vec<u32>,
+    overlapping: bool,
+    /// Of every sector of the range, what was written last as far as its answer tells.
+    versions: Vec<Written>,
+    /// What sectors may hold instead: writes that were in flight together with the last one.
+    rivals: HashMap<u64, Vec<Written>>,
     version: u32,
+    /// Counts requests and answers.
     order: u64,
     flights: HashMap<(usize, u16), Flight>,
     memory: Vec<u64>,
@@ -90,12 +105,22 @@ impl Load {
             profile,
             seed,
             rng: super::rng(seed),
-            versions: vec![0; sectors],
+            overlapping: false,
+            versions: vec![Written::default(); sectors],
+            rivals: HashMap::new(),
             version: 0,
             order: 0,
             flights: HashMap::new(),
             memory,
         })
+    }
+
+    /// Lets writes be in flight together with writes of the same sectors, and aims half of all requests at a sixteenth of the
+    /// range, so that this happens often.
+    #[must_use]
+    pub fn overlapping(mut self) -> Self {
+        self.overlapping = true;
+        self
     }
 
     /// Requests in flight.
@@ -111,7 +136,7 @@ impl Load {
         }
     }
 
-    fn version_of(&mut self, sector: u64) -> &mut u32 {
+    fn last_of(&mut self, sector: u64) -> &mut Written {
         let index = usize::try_from(sector - self.profile.bytes.start / SECTOR).unwrap_or(usize::MAX);
         &mut self.versions[index]
     }
@@ -151,7 +176,10 @@ impl Load {
         };
         let (first, end) = (self.profile.bytes.start / unit, self.profile.bytes.end / unit);
         let units = units.min(end - first);
-        let start = self.rng.random_range(first..=end - units);
+        let mut start = self.rng.random_range(first..=end - units);
+        if self.overlapping && self.rng.random() {
+            start = first + (start - first) / 16;
+        }
         let per_unit = unit / SECTOR;
         (kind, start * per_unit..(start + units) * per_unit)
     }
@@ -159,6 +187,7 @@ impl Load {
     fn collides(&self, kind: u32, sectors: &Range<u64>) -> bool {
         self.flights.values().any(|other| {
             (kind != T_IN || other.kind != T_IN)
+                && !(self.overlapping && kind == T_OUT && other.kind == T_OUT)
                 && other.sectors.start < sectors.end
                 && sectors.start < other.sectors.end
         })
@@ -204,6 +233,10 @@ impl Load {
             }
         };
         let head = self.queues[queue].prepare(kind, sector, &data)?;
+        let meets = |other: &Flight| other.sectors.start < sectors.end && sectors.start < other.sectors.end;
+        if self.overlapping && kind == T_OUT && self.flights.values().any(meets) {
+            self.counts.overlaps += 1;
+        }
         self.order += 1;
         let flight = Flight { kind, sectors, memory: at, version, order: self.order };
         self.flights.insert((queue, head), flight);
@@ -224,7 +257,7 @@ impl Load {
 
     fn settle(&mut self, queue: usize, answer: Answer) -> Result<()> {
         let Some(flight) = self.flights.remove(&(queue, answer.head)) else {
-            anyhow::bail!("queue {queue}: {answer:?} for a request that is not in flight");
+            bail!("queue {queue}: {answer:?} for a request that is not in flight");
         };
         let what = || format!("queue {queue}: {flight:?}: {answer:?}");
         ensure!(answer.status == S_OK, "{}", what());
@@ -242,8 +275,9 @@ impl Load {
             }
             T_OUT => {
                 self.counts.writes += 1;
+                self.order += 1;
                 for sector in flight.sectors.clone() {
-                    *self.version_of(sector) = flight.version;
+                    self.written(sector, &flight);
                 }
             }
             T_FLUSH => self.counts.flushes += 1,
@@ -255,23 +289,52 @@ impl Load {
                     (start, end) = (start.next_multiple_of(block), end / block * block);
                 }
                 for sector in start..end {
-                    *self.version_of(sector) = 0;
+                    self.settled(sector, 0);
                 }
             }
         }
         Ok(())
     }
 
+    /// A write of `sector` was answered just now. It came after all that was answered before it was sent; what was answered
+    /// since may be the one that lasts.
+    fn written(&mut self, sector: u64, flight: &Flight) {
+        let now = Written { version: flight.version, answered: self.order };
+        let before = std::mem::replace(self.last_of(sector), now);
+        if let Some(rivals) = self.rivals.get_mut(&sector) {
+            rivals.retain(|rival| rival.answered > flight.order);
+        }
+        if before.answered > flight.order {
+            self.rivals.entry(sector).or_default().push(before);
+        }
+    }
+
+    /// Nothing is in flight to `sector`, and it holds `version`.
+    fn settled(&mut self, sector: u64, version: u32) {
+        self.order += 1;
+        *self.last_of(sector) = Written { version, answered: self.order };
+        self.rivals.remove(&sector);
+    }
+
     fn compare(&mut self, first: u64, found: &[u8]) -> Result<()> {
         let mut expected = [0; SECTOR_LEN];
         for (sector, found) in (first..).zip(found.chunks(SECTOR_LEN)) {
-            let version = *self.version_of(sector);
+            let version = self.last_of(sector).version;
             self.content(sector, version, &mut expected);
-            ensure!(
-                found == expected,
-                "sector {sector} should hold version {version} and holds {}",
-                self.describe(sector, found)
-            );
+            if found != expected {
+                let rivals = self.rivals.get(&sector).cloned().unwrap_or_default();
+                let rival = rivals.iter().find(|rival| {
+                    self.content(sector, rival.version, &mut expected);
+                    found == expected
+                });
+                let Some(rival) = rival else {
+                    let holds = self.describe(sector, found);
+                    bail!("sector {sector} should hold version {version} (or {rivals:?}) and holds {holds}");
+                };
+                self.settled(sector, rival.version);
+            } else if !self.rivals.is_empty() {
+                self.rivals.remove(&sector);
+            }
         }
         Ok(())
     }
@@ -326,7 +389,7 @@ impl Load {
             let mut bytes = vec![0; usize::try_from(len)?];
             for (sector, bytes) in (at / SECTOR..).zip(bytes.chunks_mut(SECTOR_LEN)) {
                 self.content(sector, version, bytes);
-                *self.version_of(sector) = version;
+                self.settled(sector, version);
             }
             ensure!(self.queues[0].write(at, &bytes)? == S_OK, "write at {at:#x}");
             at += len;
