@@ -74,11 +74,25 @@ pub struct Steady {
     pub waiting: Waiting,
     pub contenders: Vec<Contender>,
     pub gates: Vec<Gate>,
+    /// Whether to compare with this machine's speed of copying memory.
+    pub against_memory: bool,
 }
 
 #[derive(Clone, Debug)]
 pub enum Plan {
     Steady(Steady),
+    /// The first write to each block.
+    FirstTouch(Medium),
+    /// Many vSSDs against one.
+    Scaling,
+    /// Many vSSDs that nobody uses.
+    Idle,
+    /// Reads while other blocks of the same vSSD come and go.
+    LatencyUnderResize {
+        depth: usize,
+    },
+    /// Shrinking and growing as fast as a driver can.
+    ResizeProtocol,
 }
 
 #[derive(Clone, Debug)]
@@ -107,6 +121,7 @@ pub fn all() -> Vec<Case> {
             waiting: Waiting::Sleeping,
             contenders: vec![Vssd, Qsd],
             gates: vec![times(Vssd, Figure::Iops, 6.0, Qsd), at_least(Vssd, Figure::IopsPerCore, 1e6)],
+            against_memory: false,
         };
         cases.push(steady(format!("nvram-4k-qd32-{way}-same"), base.clone()));
         let split = Steady {
@@ -120,7 +135,8 @@ pub fn all() -> Vec<Case> {
             ..base.clone()
         };
         cases.push(steady(format!("nvram-4k-qd32-{way}-split"), split.clone()));
-        let queues = Steady { load: Load { queues: 2, depth: 16, ..split.load.clone() }, ..split };
+        let queues =
+            Steady { load: Load { queues: 2, depth: 16, buffers: 16, ..split.load.clone() }, ..split };
         cases.push(steady(format!("nvram-4k-2q-qd16-{way}-split"), queues));
         let one = Steady {
             load: random(kind, 4 * KIB, 1),
@@ -145,6 +161,7 @@ pub fn all() -> Vec<Case> {
             load: random(kind, 128 * KIB, 16),
             placement: Placement::Split,
             gates: vec![times(Vssd, Figure::BytesPerSecond, 2.0, Qsd)],
+            against_memory: true,
             ..base
         };
         cases.push(steady(format!("nvram-128k-qd16-{way}-split"), large));
@@ -163,10 +180,31 @@ pub fn all() -> Vec<Case> {
                 waiting: Waiting::Sleeping,
                 contenders: vec![Vssd, Qsd, Fio],
                 gates,
+                against_memory: false,
             };
             cases.push(steady(format!("ssd-4k-qd{depth}-{way}-split"), case));
         }
     }
+    for depth in [1, 32] {
+        let case = Steady {
+            medium: Medium::Ssd,
+            load: random(Kind::DurableWrite, 4 * KIB, depth),
+            placement: Placement::Split,
+            waiting: Waiting::Sleeping,
+            contenders: vec![Vssd, Qsd],
+            gates: vec![times(Vssd, Figure::Iops, 1.0, Qsd)],
+            against_memory: false,
+        };
+        cases.push(steady(format!("ssd-flush-each-qd{depth}-split"), case));
+    }
+    let mut add = |name: &str, plan| cases.push(Case { name: name.into(), plan });
+    add("nvram-first-touch", Plan::FirstTouch(Medium::Nvram));
+    add("ssd-first-touch", Plan::FirstTouch(Medium::Ssd));
+    add("latency-under-resize-qd1", Plan::LatencyUnderResize { depth: 1 });
+    add("latency-under-resize-qd8", Plan::LatencyUnderResize { depth: 8 });
+    add("scaling", Plan::Scaling);
+    add("idle", Plan::Idle);
+    add("resize-protocol", Plan::ResizeProtocol);
     cases
 }
 
@@ -182,7 +220,7 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), cases.len());
         for case in &cases {
-            let Plan::Steady(steady) = &case.plan;
+            let Plan::Steady(steady) = &case.plan else { continue };
             for gate in &steady.gates {
                 assert!(steady.contenders.contains(&gate.of), "{}", case.name);
                 if let Bound::Times(_, other) = gate.bound {

@@ -2,10 +2,10 @@
 //! Measures the data path of `vssd-backend` against `qemu-storage-daemon` and raw `fio` on the same medium in the same run.
 //!
 //! ```text
-//!   cases ──► run ──► peer (daemons, files) ◄── vhost-user ── client
-//!               │       └─ placement: who runs where           │
-//!               ├─ meter: processor time of backend and others ┘
-//!               └──► report: table, JSON, plot
+//!   cases ──► experiment ──► run ──► peer (daemons, files) ◄── vhost-user ── client
+//!                             │       └─ placement: who runs where           │
+//!                             ├─ meter: processor time of backend and others ┘
+//!                             └──► report: table, JSON, plot
 //! ```
 //!
 //! [`cases`] says what is measured and what must be reached, as data. What this does not know: how a backend works. It is all
@@ -13,6 +13,8 @@
 
 pub mod cases;
 pub mod client;
+pub mod experiment;
+pub mod memory;
 pub mod meter;
 pub mod peer;
 pub mod placement;

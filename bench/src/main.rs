@@ -6,11 +6,13 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
-use vssd_bench::cases::{self, Case, Plan, Steady};
-use vssd_bench::peer::{Contender, Media};
+use vssd_bench::cases::{self, Case};
+use vssd_bench::experiment;
+use vssd_bench::peer::Media;
 use vssd_bench::placement::Cpus;
-use vssd_bench::report::{self, CaseReport, Report, machine::Machine, table};
-use vssd_bench::run::{Bench, Effort, Series, Setting};
+use vssd_bench::report::machine::Machine;
+use vssd_bench::report::{Report, table};
+use vssd_bench::run::{Bench, Effort};
 
 #[derive(Debug, Parser)]
 #[command(about = "Measures the data path of vssd-backend against its peers")]
@@ -79,11 +81,12 @@ fn datapath(args: &Datapath) -> Result<ExitCode> {
         Some(dir) => dir.clone(),
         None => vssd_tests::paths::repo_root().join("target/bench"),
     };
-    let mut bench = Bench::new(cpus, Media::new(&ssd_dir)?, effort);
-    let mut report = Report { machine: Machine::look(cpus), effort, cases: Vec::new() };
+    let mut bench = Bench::new(cpus, Media::new(&ssd_dir)?, effort)?;
+    let mut report =
+        Report { machine: Machine::look(cpus, &bench.storage_daemons()), effort, cases: Vec::new() };
     print!("{}", table::heading(&report));
     for case in &cases {
-        let outcome = run(&mut bench, case).with_context(|| format!("case {}", case.name))?;
+        let outcome = experiment::run(&mut bench, case).with_context(|| format!("case {}", case.name))?;
         print!("{}", table::case(&outcome));
         report.cases.push(outcome);
     }
@@ -94,31 +97,4 @@ fn datapath(args: &Datapath) -> Result<ExitCode> {
     }
     let failed = args.gate && report.missed() > 0;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-}
-
-fn run(bench: &mut Bench, case: &Case) -> Result<CaseReport> {
-    match &case.plan {
-        Plan::Steady(steady) => run_steady(bench, &case.name, steady),
-    }
-}
-
-fn run_steady(bench: &mut Bench, name: &str, case: &Steady) -> Result<CaseReport> {
-    let client = bench.cpus.client(case.placement);
-    let setting = Setting { medium: case.medium, load: &case.load, waiting: case.waiting, client };
-    let (mut rivals, mut notes) = (Vec::new(), Vec::new());
-    for &contender in &case.contenders {
-        let (rival, note) =
-            bench.rival(contender, &setting).with_context(|| format!("set up {contender}"))?;
-        notes.extend(note);
-        rivals.push((contender, rival, Series::default()));
-    }
-    for round in 0..bench.effort.rounds {
-        for (contender, rival, series) in &mut rivals {
-            series
-                .add(|| bench.run(rival, &setting, round as u64))
-                .with_context(|| format!("{contender}, round {round}"))?;
-        }
-    }
-    let series: Vec<(Contender, Series)> = rivals.into_iter().map(|(c, _, series)| (c, series)).collect();
-    Ok(report::steady(name, case, series, notes))
 }

@@ -3,6 +3,8 @@
 //! measurement.
 
 use std::fs;
+use std::mem::MaybeUninit;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -21,6 +23,20 @@ pub fn process_time(pid: u32) -> Result<Duration> {
     Ok(Duration::new(u64::try_from(time.tv_sec)?, u32::try_from(time.tv_nsec)?))
 }
 
+/// Processor time of all children that have ended.
+fn children_time() -> Result<Duration> {
+    let mut usage = MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: `usage` is valid for the one write that the function makes.
+    let outcome = unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, usage.as_mut_ptr()) };
+    ensure!(outcome == 0, "read the children's usage: {}", std::io::Error::last_os_error());
+    // SAFETY: the call succeeded, so it has written the structure.
+    let usage = unsafe { usage.assume_init() };
+    let time = |t: libc::timeval| -> Result<Duration> {
+        Ok(Duration::new(u64::try_from(t.tv_sec)?, u32::try_from(t.tv_usec)? * 1000))
+    };
+    Ok(time(usage.ru_utime)? + time(usage.ru_stime)?)
+}
+
 /// Time that all processors spent on programs so far, in ticks' resolution. Interrupts and soft interrupts are left out: they
 /// are mostly the measurement's own I/O.
 fn busy_time() -> Result<Duration> {
@@ -32,6 +48,13 @@ fn busy_time() -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
 }
 
+/// Flushes that a disk has completed so far.
+fn flushes(stat: &Path) -> Result<u64> {
+    let text = fs::read_to_string(stat).with_context(|| format!("read {}", stat.display()))?;
+    let field = text.split_whitespace().nth(15).context("the disk does not count flushes")?;
+    Ok(field.parse()?)
+}
+
 /// The state at one moment.
 #[derive(Clone, Copy, Debug)]
 struct Snapshot {
@@ -39,6 +62,7 @@ struct Snapshot {
     backend: Duration,
     own: Duration,
     busy: Duration,
+    flushes: u64,
 }
 
 /// What an interval cost.
@@ -48,27 +72,54 @@ pub struct Usage {
     pub backend_cores: f64,
     /// Processors that programs kept busy which are neither the backend nor this one.
     pub foreign_cores: f64,
+    /// Flushes of the disk a second.
+    pub media_flushes: f64,
+}
+
+/// Whose time counts as the backend's.
+#[derive(Clone, Copy, Debug)]
+enum Backend {
+    Process(u32),
+    /// All children that have ended.
+    Children,
 }
 
 /// Measures one interval.
 #[derive(Debug)]
 pub struct Meter {
-    backend: u32,
+    backend: Backend,
+    disk: Option<PathBuf>,
     begun: Option<Snapshot>,
     usage: Usage,
 }
 
 impl Meter {
     pub fn new(backend: u32) -> Self {
-        Self { backend, begun: None, usage: Usage::default() }
+        let backend = Backend::Process(backend);
+        Self { backend, disk: None, begun: None, usage: Usage::default() }
+    }
+
+    /// The backend is a program that this one runs to its end meanwhile.
+    pub fn of_children() -> Self {
+        Self { backend: Backend::Children, ..Self::new(0) }
+    }
+
+    /// Counts the flushes of a disk too; `disk` is its `stat` in sysfs.
+    #[must_use]
+    pub fn on_disk(self, disk: Option<PathBuf>) -> Self {
+        Self { disk, ..self }
     }
 
     fn snapshot(&self) -> Result<Snapshot> {
         Ok(Snapshot {
             at: Instant::now(),
-            backend: process_time(self.backend)?,
+            backend: match self.backend {
+                Backend::Process(pid) => process_time(pid)?,
+                Backend::Children => children_time()?,
+            },
             own: process_time(std::process::id())?,
             busy: busy_time()?,
+            flushes: self.disk.as_deref().map_or(Ok(0), flushes)?,
         })
     }
 
@@ -85,6 +136,8 @@ impl Meter {
         self.usage = Usage {
             backend_cores: backend,
             foreign_cores: (spent(from.busy, to.busy) - backend - own).max(0.0),
+            #[allow(clippy::cast_precision_loss, reason = "figures for people")]
+            media_flushes: (to.flushes - from.flushes) as f64 / wall,
         };
         Ok(())
     }
@@ -112,6 +165,6 @@ mod tests {
 
     #[test]
     fn a_process_that_is_not_there_has_no_clock() {
-        assert!(process_time(0x3fff_ffff).is_err());
+        assert!(process_time(0x0fff_fff0).is_err());
     }
 }

@@ -5,16 +5,17 @@
 //! none was quiet the quietest counts, and the result says so.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::client::{Load, Session, Tally, Timing, Waiting, drive};
-use crate::meter::Meter;
+use crate::meter::{Meter, Usage};
+use crate::peer::qsd::{self, Polling, Way};
 use crate::peer::server::VssdOptions;
-use crate::peer::{Contender, Media, Medium, QsdPolling, Server, fio};
+use crate::peer::{Contender, Media, Medium, Server, fio};
 use crate::placement::{Cpu, Cpus};
 use crate::stats::{median, spread};
 
@@ -39,6 +40,8 @@ pub struct Sample {
     pub backend_cores: f64,
     /// Processors that other programs kept busy.
     pub foreign_cores: f64,
+    /// Flushes of the disk a second.
+    pub media_flushes: f64,
 }
 
 impl Sample {
@@ -55,6 +58,25 @@ impl Sample {
         }
     }
 
+    /// All sessions together; no latencies.
+    pub fn sum(tallies: &[Tally]) -> Self {
+        let mut sum = tallies.first().map(Self::of).unwrap_or_default();
+        sum.iops = tallies.iter().map(Tally::iops).sum();
+        sum.bytes_per_second = tallies.iter().map(Tally::bytes_per_second).sum();
+        sum
+    }
+
+    /// Adds what it cost.
+    #[must_use]
+    pub fn with(self, usage: Usage) -> Self {
+        Self {
+            backend_cores: usage.backend_cores,
+            foreign_cores: usage.foreign_cores,
+            media_flushes: usage.media_flushes,
+            ..self
+        }
+    }
+
     pub fn iops_per_core(&self) -> f64 {
         if self.backend_cores > 0.0 { self.iops / self.backend_cores } else { 0.0 }
     }
@@ -66,8 +88,6 @@ pub struct Series {
     pub samples: Vec<Sample>,
     /// Runs made again because others used the machine.
     pub repeated: usize,
-    /// Runs that count although none was quiet.
-    pub disturbed: usize,
 }
 
 impl Series {
@@ -80,7 +100,13 @@ impl Series {
             p99_us: of(|s| s.p99_us),
             backend_cores: of(|s| s.backend_cores),
             foreign_cores: of(|s| s.foreign_cores),
+            media_flushes: of(|s| s.media_flushes),
         }
+    }
+
+    /// Runs that count although others used the machine.
+    pub fn disturbed(&self) -> usize {
+        self.samples.iter().filter(|sample| sample.foreign_cores > FOREIGN_LIMIT).count()
     }
 
     pub fn spread(&self) -> f64 {
@@ -100,9 +126,7 @@ impl Series {
                 break;
             }
         }
-        let sample = best.context("no run was made")?;
-        self.disturbed += usize::from(sample.foreign_cores > FOREIGN_LIMIT);
-        self.samples.push(sample);
+        self.samples.push(best.context("no run was made")?);
         Ok(())
     }
 }
@@ -117,9 +141,13 @@ pub struct Effort {
 
 impl Effort {
     pub const FULL: Self =
-        Self { rounds: 5, warm_up: Duration::from_millis(200), measured: Duration::from_millis(600) };
+        Self { rounds: 5, warm_up: Duration::from_millis(200), measured: Duration::from_millis(500) };
     pub const QUICK: Self =
         Self { rounds: 2, warm_up: Duration::from_millis(50), measured: Duration::from_millis(200) };
+
+    /// One of several runs that find out which way to run a peer is best.
+    const CALIBRATION: Self =
+        Self { rounds: 3, warm_up: Duration::from_millis(50), measured: Duration::from_millis(200) };
 
     pub fn timing(self) -> Timing {
         Timing::For { warm_up: self.warm_up, measured: self.measured }
@@ -132,6 +160,8 @@ pub struct Bench {
     pub cpus: Cpus,
     pub media: Media,
     pub effort: Effort,
+    /// The ways to run the storage daemon.
+    qsd: Vec<Way>,
     filled: HashMap<(Medium, &'static str), PathBuf>,
 }
 
@@ -141,6 +171,16 @@ pub enum Rival {
     Server(Server),
     /// `fio` needs no server.
     File(PathBuf),
+}
+
+impl Rival {
+    /// Ends it in order.
+    pub fn stop(self) -> Result<()> {
+        match self {
+            Self::Server(server) => server.stop(),
+            Self::File(_) => Ok(()),
+        }
+    }
 }
 
 /// A steady case's parameters, as the contenders need them.
@@ -153,8 +193,19 @@ pub struct Setting<'a> {
 }
 
 impl Bench {
-    pub fn new(cpus: Cpus, media: Media, effort: Effort) -> Self {
-        Self { cpus, media, effort, filled: HashMap::new() }
+    pub fn new(cpus: Cpus, media: Media, effort: Effort) -> Result<Self> {
+        let ways = |build: qsd::Build| {
+            [Polling::Default, Polling::Never].map(|polling| Way { build: build.clone(), polling })
+        };
+        let qsd = qsd::builds()?.into_iter().flat_map(ways).collect();
+        Ok(Self { cpus, media, effort, qsd, filled: HashMap::new() })
+    }
+
+    /// Versions of the storage daemons.
+    pub fn storage_daemons(&self) -> Vec<&str> {
+        let mut versions: Vec<&str> = self.qsd.iter().map(|way| way.build.version.as_str()).collect();
+        versions.dedup();
+        versions
     }
 
     /// A medium of `contender`'s own with every byte of its disk written, made at first need.
@@ -172,12 +223,11 @@ impl Bench {
         let span = setting.load.span;
         let bytes = if owner == "raw" { span } else { Media::pool_bytes(span) };
         let path = self.media.zeroed(setting.medium, owner, bytes)?;
+        let (cpu, runtime) = (Some(self.cpus.backend()), self.runtime(contender)?);
         let server = if owner == "raw" {
-            self.serve(Contender::Qsd, &path, 1, QsdPolling::Default)?
+            Server::qsd(&path, &self.qsd[0], 1, cpu, &runtime)?
         } else {
-            let (options, runtime) =
-                (VssdOptions { workers: 1, queues: 1, poll_us: 0 }, self.runtime(contender)?);
-            let cpu = Some(self.cpus.backend());
+            let options = VssdOptions { workers: 1, queues: 1, poll_us: 0 };
             Server::new_vssd(&path, setting.medium, &[VSSD], span, options, cpu, &runtime)?
         };
         let load = Load::fill(256 << 10, 8, span);
@@ -203,49 +253,39 @@ impl Bench {
         Ok(dir)
     }
 
-    /// Starts a contender on its file.
-    fn serve(&self, contender: Contender, file: &Path, queues: usize, polling: QsdPolling) -> Result<Server> {
-        let (cpu, runtime) = (Some(self.cpus.backend()), self.runtime(contender)?);
-        let options = |poll_us| VssdOptions { workers: 1, queues, poll_us };
-        match contender {
-            Contender::Vssd => Server::vssd(file, options(0), cpu, &runtime),
-            Contender::VssdPolling => Server::vssd(file, options(POLL_US), cpu, &runtime),
-            Contender::Qsd | Contender::Fio => Server::qsd(file, polling, queues, cpu, &runtime),
-        }
-    }
-
-    /// Makes a contender ready for a case. For the storage daemon, finds out which way of waiting serves it best; the note
+    /// Makes a contender ready for a case. For the storage daemon, finds out which way to run it serves the case best; the note
     /// says which.
     pub fn rival(&mut self, contender: Contender, setting: &Setting<'_>) -> Result<(Rival, Option<String>)> {
         let file = self.filled(contender, setting)?;
-        if contender == Contender::Fio {
-            return Ok((Rival::File(file), None));
-        }
-        let start = |bench: &Self, polling| -> Result<Server> {
-            let server = bench.serve(contender, &file, setting.load.queues, polling)?;
-            bench.touch(&server, setting)?;
-            Ok(server)
+        let (cpu, runtime, queues) =
+            (Some(self.cpus.backend()), self.runtime(contender)?, setting.load.queues);
+        let vssd = |poll_us| -> Result<(Rival, Option<String>)> {
+            let server = Server::vssd(&file, VssdOptions { workers: 1, queues, poll_us }, cpu, &runtime)?;
+            self.touch(&server, setting)?;
+            Ok((Rival::Server(server), None))
         };
-        if contender != Contender::Qsd {
-            return Ok((Rival::Server(start(self, QsdPolling::Default)?), None));
+        match contender {
+            Contender::Vssd => return vssd(0),
+            Contender::VssdPolling => return vssd(POLL_US),
+            Contender::Fio => return Ok((Rival::File(file), None)),
+            Contender::Qsd => {}
         }
-        let mut best: Option<(f64, QsdPolling)> = None;
-        for polling in [QsdPolling::Default, QsdPolling::Never] {
-            let rival = Rival::Server(start(self, polling)?);
+        let mut best: Option<(f64, &Way)> = None;
+        for way in &self.qsd {
+            let rival = Rival::Server(Server::qsd(&file, way, queues, cpu, &runtime)?);
             let mut rates = Vec::new();
             for round in 0..3 {
-                rates.push(self.run(&rival, setting, 0xca11 + round)?.iops);
+                rates.push(self.run_for(&rival, setting, Effort::CALIBRATION, 0xca11 + round)?.iops);
             }
-            let Rival::Server(server) = rival else { continue };
-            server.stop()?;
+            rival.stop()?;
             let rate = median(&rates);
             if best.is_none_or(|(other, _)| rate > other) {
-                best = Some((rate, polling));
+                best = Some((rate, way));
             }
         }
-        let (_, polling) = best.context("the storage daemon was not calibrated")?;
-        let note = format!("qsd runs with {}, the better of two for this case", polling.name());
-        Ok((Rival::Server(start(self, polling)?), Some(note)))
+        let (_, way) = best.context("there is no storage daemon")?;
+        let note = format!("qsd is {}, the best of {} ways for this case", way.name(), self.qsd.len());
+        Ok((Rival::Server(Server::qsd(&file, way, queues, cpu, &runtime)?), Some(note)))
     }
 
     /// Reads everything once, so that no page table is filled while something is measured.
@@ -264,21 +304,23 @@ impl Bench {
 
     /// One run.
     pub fn run(&self, rival: &Rival, setting: &Setting<'_>, seed: u64) -> Result<Sample> {
+        self.run_for(rival, setting, self.effort, seed)
+    }
+
+    fn run_for(&self, rival: &Rival, setting: &Setting<'_>, effort: Effort, seed: u64) -> Result<Sample> {
         let server = match rival {
             Rival::File(file) => {
-                let Effort { warm_up, measured, .. } = self.effort;
+                let Effort { warm_up, measured, .. } = effort;
                 return fio::run(file, setting.load, warm_up, measured, self.cpus.backend());
             }
             Rival::Server(server) => server,
         };
-        let (pid, timing) = (server.pid(), self.effort.timing());
+        let (pid, timing) = (server.pid(), effort.timing());
         on_cpu(setting.client, || {
             let mut sessions = [Session::connect(&server.disk(VSSD), setting.load, seed)?];
-            let mut meter = Meter::new(pid);
+            let mut meter = Meter::new(pid).on_disk(self.media.disk(setting.medium));
             let tallies = drive(&mut sessions, setting.waiting, timing, &mut meter)?;
-            let usage = meter.usage();
-            let sample = tallies.first().map(Sample::of).unwrap_or_default();
-            Ok(Sample { backend_cores: usage.backend_cores, foreign_cores: usage.foreign_cores, ..sample })
+            Ok(tallies.first().map(Sample::of).unwrap_or_default().with(meter.usage()))
         })
     }
 }

@@ -50,6 +50,8 @@ pub struct Load {
     /// Requests in flight on each queue.
     pub depth: usize,
     pub queues: usize,
+    /// Buffers that each queue's requests use in turn; at least one for each request in flight.
+    pub buffers: usize,
     /// Bytes of the disk that are used, from its beginning.
     pub span: u64,
     pub addresses: Addresses,
@@ -57,14 +59,13 @@ pub struct Load {
 
 impl Load {
     pub fn random(kind: Kind, block: usize, depth: usize, span: u64) -> Self {
-        Self { kind, block, depth, queues: 1, span, addresses: Addresses::Random }
+        Self { kind, block, depth, queues: 1, buffers: depth, span, addresses: Addresses::Random }
     }
 
     /// Writes the whole span once, in order.
     pub fn fill(block: usize, depth: usize, span: u64) -> Self {
         let offsets = (0..span).step_by(block).collect();
-        let addresses = Addresses::List(offsets);
-        Self { kind: Kind::Write, block, depth, queues: 1, span, addresses }
+        Self { addresses: Addresses::List(offsets), ..Self::random(Kind::Write, block, depth, span) }
     }
 }
 

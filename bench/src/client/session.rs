@@ -26,7 +26,8 @@ const LATENCY_LIMIT_NS: u64 = 60_000_000_000;
 /// A place for one request: its buffer, and what is in flight.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
-    buffer: *mut u8,
+    /// Which buffer the next request uses.
+    buffer: usize,
     request: Request,
     since: Instant,
     flushing: bool,
@@ -39,6 +40,8 @@ pub(super) struct Queue {
     pub(super) call: Arc<EventFd>,
     source: Source,
     block: usize,
+    /// Where this queue's buffers begin, and how many there are.
+    buffers: (*mut u8, usize),
     slots: Vec<Slot>,
     in_flight: usize,
     done: Vec<(u16, i32)>,
@@ -49,6 +52,9 @@ impl std::fmt::Debug for Queue {
         f.debug_struct("Queue").field("in_flight", &self.in_flight).finish_non_exhaustive()
     }
 }
+
+// SAFETY: the pointer leads to memory that the session owns and that is only ever given to the device.
+unsafe impl Send for Queue {}
 
 /// What was completed.
 #[derive(Clone, Debug)]
@@ -78,12 +84,14 @@ impl Queue {
     /// Makes the next request in a free slot. False at the end of a list.
     fn begin(&mut self, slot: usize, now: Instant) -> Result<bool> {
         let Some(request) = self.source.next() else { return Ok(false) };
-        let Slot { buffer, .. } = self.slots[slot];
-        self.slots[slot] = Slot { buffer, request, since: now, flushing: false };
-        let context = u16::try_from(slot)?;
+        let ((base, count), at) = (self.buffers, self.slots[slot].buffer);
+        // A slot's buffers lie a queue's depth apart, so that no two slots share one.
+        let next = if at + self.slots.len() < count { at + self.slots.len() } else { slot };
+        self.slots[slot] = Slot { buffer: next, request, since: now, flushing: false };
+        let (context, buffer) = (u16::try_from(slot)?, base.wrapping_add(at * self.block));
         if request.is_read {
-            // SAFETY: each slot has a buffer of `block` bytes of its own, in memory that stays mapped until the session ends;
-            // nobody makes a reference to it.
+            // SAFETY: `at` is below `count`, so the buffer of `block` bytes lies in the memory behind `buffers`, which stays mapped
+            // until the session ends and to which nobody makes a reference.
             unsafe { self.ring.read_raw(request.offset, buffer, self.block, context)? };
         } else {
             // SAFETY: as above.
@@ -187,7 +195,8 @@ impl Session {
         let size = u16::try_from(QUEUE_SIZE)?;
         let rings = VirtioBlkQueue::setup_queues(transport.as_mut(), load.queues, size)?;
 
-        let len = load.queues * load.depth * load.block;
+        ensure!(load.buffers >= load.depth, "{} buffers for {} requests", load.buffers, load.depth);
+        let len = load.queues * load.buffers * load.block;
         let file = File::from(memfd_create("buffers", MemfdFlags::CLOEXEC)?);
         file.set_len(len as u64)?;
         // SAFETY: the file is an anonymous one of this function's own, which nobody truncates.
@@ -201,7 +210,7 @@ impl Session {
         for (index, ring) in rings.into_iter().enumerate() {
             let now = Instant::now();
             let slots = (0..load.depth).map(|slot| Slot {
-                buffer: base.wrapping_add((index * load.depth + slot) * load.block),
+                buffer: slot,
                 request: Request { offset: 0, is_read: true, flushed: false },
                 since: now,
                 flushing: false,
@@ -212,6 +221,7 @@ impl Session {
                 call: transport.get_completion_fd(index),
                 source: Source::new(load, index, seed),
                 block: load.block,
+                buffers: (base.wrapping_add(index * load.buffers * load.block), load.buffers),
                 slots: slots.collect(),
                 in_flight: 0,
                 done: Vec::with_capacity(load.depth),

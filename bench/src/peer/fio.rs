@@ -10,6 +10,7 @@ use serde::Deserialize;
 use vssd_tests::paths;
 
 use crate::client::{Kind, Load};
+use crate::meter::Meter;
 use crate::placement::{Cpu, pin_command};
 use crate::run::Sample;
 
@@ -65,8 +66,12 @@ pub fn run(file: &Path, load: &Load, warm_up: Duration, measured: Duration, cpu:
     fio.arg(format!("--ramp_time={}ms", warm_up.as_millis()));
     fio.arg(format!("--runtime={}ms", measured.as_millis()));
     pin_command(&mut fio, cpu);
+    // As nobody else reaps children meanwhile, this sees what fio used in all, warm-up included.
+    let mut meter = Meter::of_children();
+    meter.begin()?;
     let output = fio.stdin(Stdio::null()).output().context("start fio")?;
     ensure!(output.status.success(), "fio failed: {}", String::from_utf8_lossy(&output.stderr));
+    meter.end()?;
     // Warnings may stand before the object.
     let begin = output.stdout.iter().position(|byte| *byte == b'{').context("fio printed no result")?;
     let report: Report = serde_json::from_slice(&output.stdout[begin..]).context("read fio's result")?;
@@ -79,6 +84,7 @@ pub fn run(file: &Path, load: &Load, warm_up: Duration, measured: Duration, cpu:
         p50_us: way.clat_ns.percentile("50."),
         p99_us: way.clat_ns.percentile("99."),
         backend_cores: (job.usr_cpu + job.sys_cpu) / 100.0,
-        foreign_cores: 0.0,
+        foreign_cores: meter.usage().foreign_cores,
+        media_flushes: 0.0,
     })
 }

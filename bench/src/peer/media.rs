@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -67,6 +67,16 @@ impl Media {
             Medium::Nvram => self.nvram.path(),
             Medium::Ssd => self.ssd.path(),
         }
+    }
+
+    /// Where sysfs has the counters of the disk below, if it is one.
+    pub fn disk(&self, medium: Medium) -> Option<PathBuf> {
+        let device = fs::metadata(self.dir(medium)).ok()?.dev();
+        let node = format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+        let node = fs::canonicalize(node).ok()?;
+        // Only whole disks count flushes.
+        let disk = if node.join("partition").exists() { node.parent()?.to_owned() } else { node };
+        Some(disk.join("stat")).filter(|stat| stat.exists())
     }
 
     /// Sockets and logs.

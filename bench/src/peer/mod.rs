@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What is compared: our daemon, QEMU's storage daemon and raw `fio`, each on a medium of its own kind with equal content.
 //!
-//! [`server`]: the two daemons as bound processes. [`fio`]: the third, which brings its own load. [`media`]: the files.
+//! [`server`]: the two daemons as bound processes. [`qsd`]: which storage daemons there are. [`fio`]: the third, which brings its own load. [`media`]: the files.
 
 pub mod fio;
 pub mod media;
+pub mod qsd;
 pub mod server;
 
 use std::fmt;
@@ -13,23 +14,6 @@ use serde::Serialize;
 
 pub use media::{Media, Medium};
 pub use server::Server;
-
-/// How the storage daemon waits for work: its `poll-max-ns`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub enum QsdPolling {
-    #[default]
-    Default,
-    Never,
-}
-
-impl QsdPolling {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Default => "default polling",
-            Self::Never => "poll-max-ns=0",
-        }
-    }
-}
 
 /// A backend in one configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -15,7 +15,8 @@ use vssd_tests::process::{Daemon, tail};
 use vssd_tests::qemu::listening;
 use vssd_tests::wait::Deadline;
 
-use super::{Medium, QsdPolling};
+use super::Medium;
+use super::qsd::{Polling, Way};
 use crate::placement::{Cpu, pin_command};
 
 const READY: Duration = Duration::from_secs(30);
@@ -96,26 +97,31 @@ impl Server {
         };
         pool_command(&["create", kind, &file.to_string_lossy()])?;
         let server = Self::vssd(file, options, cpu, runtime)?;
-        let mut operator = Operator::connect(&server.socket)?;
-        for name in vssds {
-            operator.create(name, bytes, &json!({}))?;
-        }
+        server.create(vssds.iter().copied(), bytes)?;
         Ok(server)
     }
 
+    /// Makes vSSDs of `bytes`.
+    pub fn create<'a>(&self, names: impl Iterator<Item = &'a str>, bytes: u64) -> Result<()> {
+        let mut operator = Operator::connect(&self.socket)?;
+        for name in names {
+            operator.create(name, bytes, &json!({}))?;
+        }
+        Ok(())
+    }
+
+    /// The operator's socket of `vssd-backend`.
+    pub fn control(&self) -> &Path {
+        &self.socket
+    }
+
     /// `qemu-storage-daemon` serving `file`: direct I/O by io_uring, one I/O thread for all queues.
-    pub fn qsd(
-        file: &Path,
-        polling: QsdPolling,
-        queues: usize,
-        cpu: Option<Cpu>,
-        runtime: &Path,
-    ) -> Result<Self> {
+    pub fn qsd(file: &Path, way: &Way, queues: usize, cpu: Option<Cpu>, runtime: &Path) -> Result<Self> {
         let socket = runtime.join("q.sock");
-        let mut command = Command::new(paths::tool("qemu-storage-daemon")?);
-        let poll = match polling {
-            QsdPolling::Default => "",
-            QsdPolling::Never => ",poll-max-ns=0",
+        let mut command = way.build.command();
+        let poll = match way.polling {
+            Polling::Default => "",
+            Polling::Never => ",poll-max-ns=0",
         };
         command.args(["--object", &format!("iothread,id=i0{poll}")]);
         command.args([

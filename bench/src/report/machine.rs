@@ -20,7 +20,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    pub fn look(cpus: Cpus) -> Self {
+    /// `storage_daemons`: their versions.
+    pub fn look(cpus: Cpus, storage_daemons: &[&str]) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let cpu_info = read("/proc/cpuinfo");
         let model = cpu_info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -35,9 +36,9 @@ impl Machine {
             memory_gib: (kib.unwrap_or(0) + (1 << 19)) >> 20,
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             cpus,
-            versions: [("qemu-storage-daemon", "--version"), ("fio", "--version")]
+            versions: [format!("qemu-storage-daemon {}", storage_daemons.join(" and "))]
                 .into_iter()
-                .filter_map(|(program, arg)| version(program, arg))
+                .chain(version("fio", "--version"))
                 .collect(),
         }
     }

@@ -8,6 +8,7 @@ pub mod table;
 use serde::Serialize;
 
 use crate::cases::{Bound, Figure, Gate, Steady};
+use crate::client::Kind;
 use crate::peer::Contender;
 use crate::run::{Effort, Sample, Series};
 use figures::{count, seconds, share, times};
@@ -21,6 +22,12 @@ pub struct Row {
     pub series: Series,
     /// IOPS against the peer's.
     pub ratio: Option<f64>,
+}
+
+impl Row {
+    pub fn new(name: impl Into<String>, series: Series, ratio: Option<f64>) -> Self {
+        Self { contender: name.into(), median: series.median(), series, ratio }
+    }
 }
 
 /// Whether a figure is what it must be.
@@ -60,6 +67,21 @@ pub struct CaseReport {
     pub notes: Vec<String>,
 }
 
+impl CaseReport {
+    /// Says which runs were disturbed by other programs.
+    pub fn note_disturbances(&mut self) {
+        for Row { contender, series, .. } in &self.rows {
+            let (repeated, disturbed, all) = (series.repeated, series.disturbed(), series.samples.len());
+            if repeated > 0 || disturbed > 0 {
+                self.notes.push(format!(
+                    "{contender}: {repeated} runs made again because others used the machine; {disturbed} of the {all} that \
+                     count were disturbed"
+                ));
+            }
+        }
+    }
+}
+
 /// All of one invocation.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -80,33 +102,34 @@ impl Report {
 }
 
 /// The report of a steady case.
-pub fn steady(name: &str, case: &Steady, series: Vec<(Contender, Series)>, notes: Vec<String>) -> CaseReport {
+pub fn steady(case: &Steady, series: Vec<(Contender, Series)>, notes: Vec<String>) -> CaseReport {
     let median =
         |of: Contender| series.iter().find(|(contender, _)| *contender == of).map(|(_, s)| s.median());
     let peer = median(Contender::Qsd);
-    let verdicts = case.gates.iter().map(|gate| judge(gate, &median)).collect();
-    let mut notes = notes;
-    for (contender, series) in &series {
-        if series.repeated > 0 || series.disturbed > 0 {
-            notes.push(format!(
-                "{contender}: {} runs repeated because others used the machine, {} of {} that count were disturbed",
-                series.repeated,
-                series.disturbed,
-                series.samples.len()
-            ));
+    let mut verdicts: Vec<Verdict> = case.gates.iter().map(|gate| judge(gate, &median)).collect();
+    if case.load.kind == Kind::DurableWrite {
+        for (contender, series) in &series {
+            let sample = series.median();
+            let what = format!("{contender}: flushes of the disk for each FLUSH of the client");
+            let shown = format!(
+                "{:.2} ({}/s for {}/s)",
+                sample.media_flushes / sample.iops.max(1.0),
+                count(sample.media_flushes),
+                count(sample.iops)
+            );
+            verdicts.push(Verdict::info(what, shown));
         }
     }
     let rows = series
         .into_iter()
         .map(|(contender, series)| {
-            let median = series.median();
             let ratio = peer
                 .filter(|peer| contender != Contender::Qsd && peer.iops > 0.0)
-                .map(|peer| median.iops / peer.iops);
-            Row { contender: contender.to_string(), median, series, ratio }
+                .map(|peer| series.median().iops / peer.iops);
+            Row::new(contender.name(), series, ratio)
         })
         .collect();
-    CaseReport { name: name.to_owned(), about: about(case), rows, verdicts, notes }
+    CaseReport { name: String::new(), about: about(case), rows, verdicts, notes }
 }
 
 fn about(case: &Steady) -> String {
@@ -170,13 +193,13 @@ mod tests {
     fn series(rates: &[f64], cores: f64) -> Series {
         let sample =
             |iops: &f64| Sample { iops: *iops, backend_cores: cores, p50_us: 5.0, ..Sample::default() };
-        Series { samples: rates.iter().map(sample).collect(), repeated: 0, disturbed: 0 }
+        Series { samples: rates.iter().map(sample).collect(), repeated: 0 }
     }
 
     fn report(vssd: Series, qsd: Series) -> CaseReport {
         let case = all().into_iter().find(|case| case.name == "nvram-4k-qd32-read-same").unwrap();
-        let Plan::Steady(steady_case) = &case.plan;
-        steady(&case.name, steady_case, vec![(Contender::Vssd, vssd), (Contender::Qsd, qsd)], Vec::new())
+        let Plan::Steady(steady_case) = &case.plan else { panic!("not a steady case") };
+        steady(steady_case, vec![(Contender::Vssd, vssd), (Contender::Qsd, qsd)], Vec::new())
     }
 
     #[test]
