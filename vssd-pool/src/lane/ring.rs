@@ -17,6 +17,8 @@ use crate::types::{IoError, MediumKind};
 
 /// Submission queue entries; more parts than that are submitted in several calls.
 const ENTRIES: u32 = 256;
+/// Prepared entries that are submitted without waiting for the end of the batch: the device works on them meanwhile.
+const SUBMIT_AT: usize = 8;
 /// The most buffers the kernel takes in one call (IOV_MAX).
 const MAX_IOV: usize = 1024;
 
@@ -220,6 +222,9 @@ impl Ring {
         // where it is and is not changed until the part's completion was seen (slots are only reused then);
         // the buffers are the caller's promise to `Lane`, or the part's own bounce buffer, kept as long.
         if unsafe { self.ring.submission().push(&entry) }.is_ok() {
+            if self.ring.submission().len() >= SUBMIT_AT {
+                self.submit();
+            }
             return;
         }
         self.submit();
