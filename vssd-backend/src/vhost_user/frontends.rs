@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Opens and closes the sockets of vSSDs: one listening socket and one thread for each. A vSSD has one front-end at a
-//! time; the next waits in the listen queue until the one before has gone.
+//! Opens and closes the sockets of vSSDs: one listening socket and one thread for each, and a thread for each connection.
+//!
+//! A vSSD has few front-ends at a time, of which one runs its rings ([`super::seat`]). One that connects is served once every
+//! connection that was cut before has ended: its peer then knows that nobody touches the rings any more.
 
 use std::collections::HashMap;
 use std::fs::Permissions;
@@ -11,8 +13,9 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use tracing::{error, info, warn};
@@ -20,7 +23,8 @@ use vssd_pool::{Vssd, VssdId};
 use vssd_protocol::units::ByteOffset;
 
 use super::queue::DeviceContext;
-use super::session::{self, SessionContext, Shared};
+use super::seat::Shared;
+use super::session::{self, SessionContext};
 use super::worker::WorkerHandle;
 use crate::device::config_space::Geometry;
 use crate::device::{FrontendError, FrontendStatus, Frontends, OwnerHandle, serial};
@@ -71,18 +75,27 @@ struct SocketServer {
     path: PathBuf,
 }
 
-/// How a socket's thread is told to end.
+/// Connections to one vSSD at a time. Two are enough to move a guest; the rest is for peers that are slow to end.
+const MAX_CONNECTIONS: usize = 8;
+
+/// How a socket's threads are told to end.
 #[derive(Debug)]
 struct Stop {
     event: OwnedFd,
-    connection: Mutex<Connection>,
+    connections: Mutex<Connections>,
 }
 
-#[derive(Debug)]
-enum Connection {
-    None,
-    Open(UnixStream),
-    Closed,
+#[derive(Debug, Default)]
+struct Connections {
+    /// By number, in the order in which they came.
+    open: Vec<(u64, UnixStream)>,
+    closed: bool,
+}
+
+impl Stop {
+    fn connections(&self) -> MutexGuard<'_, Connections> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 enum Endpoint {
@@ -163,7 +176,6 @@ impl Frontends for VhostUserFrontends {
         let (endpoint, path) = self.endpoint(vssd.name())?;
         let shared = Arc::new(Shared::default());
         shared.capacity.store(capacity.0, Ordering::Release);
-        shared.status.lock().unwrap_or_else(PoisonError::into_inner).socket_path.clone_from(&path);
         let mut id = [0; 20];
         let text = serial(vssd.name());
         id[..text.len()].copy_from_slice(text.as_bytes());
@@ -187,7 +199,7 @@ impl Frontends for VhostUserFrontends {
         };
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| FrontendError::Thread(errno.into()))?;
-        let stop = Arc::new(Stop { event, connection: Mutex::new(Connection::None) });
+        let stop = Arc::new(Stop { event, connections: Mutex::default() });
         let finished = match &endpoint {
             Endpoint::Connection(_) => self.finished.take(),
             Endpoint::Listener(_) => None,
@@ -224,25 +236,25 @@ impl Frontends for VhostUserFrontends {
     }
 
     fn status(&self, device: VssdId) -> FrontendStatus {
-        self.servers.get(&device).map_or_else(FrontendStatus::default, |server| {
-            let mut status = server.shared.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            status.errors = server.device.errors.load(Ordering::Relaxed);
-            status
+        self.servers.get(&device).map_or_else(FrontendStatus::default, |server| FrontendStatus {
+            errors: server.device.errors.load(Ordering::Relaxed),
+            socket_path: server.path.clone(),
+            ..server.shared.status()
         })
     }
 }
 
 impl Drop for SocketServer {
-    /// Ends the connection, waits for its queues to stop, and removes the socket.
+    /// Ends the connections, waits for their queues to stop, and removes the socket.
     fn drop(&mut self) {
-        self.shared.closing.store(true, Ordering::Release);
+        self.shared.close();
         let _ = rustix::io::write(&self.stop.event, &1u64.to_ne_bytes());
-        let connection = {
-            let mut state = self.stop.connection.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *state, Connection::Closed)
-        };
-        if let Connection::Open(socket) = connection {
-            let _ = socket.shutdown(std::net::Shutdown::Both);
+        {
+            let mut connections = self.stop.connections();
+            connections.closed = true;
+            for (_, socket) in &connections.open {
+                let _ = socket.shutdown(std::net::Shutdown::Both);
+            }
         }
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             error!(socket = %self.path.display(), "a front-end thread panicked");
@@ -253,36 +265,87 @@ impl Drop for SocketServer {
     }
 }
 
-fn serve(endpoint: Endpoint, context: &SessionContext, stop: &Stop) {
-    match endpoint {
-        Endpoint::Connection(socket) => serve_connection(context, stop, socket),
-        Endpoint::Listener(listener) => {
-            while let Some(socket) = accept(&listener, stop) {
-                serve_connection(context, stop, socket);
+/// Serves all connections to their ends.
+fn serve(endpoint: Endpoint, context: &SessionContext, stop: &Arc<Stop>) {
+    let listener = match endpoint {
+        Endpoint::Connection(socket) => {
+            if admit(stop, 0, &socket, context) {
+                serve_connection(context, stop, 0, socket);
             }
+            return;
+        }
+        Endpoint::Listener(listener) => listener,
+    };
+    let mut threads: Vec<JoinHandle<()>> = Vec::new();
+    let mut number = 0;
+    while let Some(socket) = accept(&listener, stop) {
+        let (ended, running) = threads.into_iter().partition(JoinHandle::is_finished);
+        threads = running;
+        join(ended);
+        number += 1;
+        if !admit(stop, number, &socket, context) {
+            continue;
+        }
+        let body = {
+            let (context, stop) = (context.clone(), Arc::clone(stop));
+            move || serve_connection(&context, &stop, number, socket)
+        };
+        match thread::Builder::new().name(format!("vssd-{}", context.device.vssd.name())).spawn(body) {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                warn!(device = context.device.vssd.name(), %error, "cannot start a thread for a front-end");
+                stop.connections().open.retain(|(other, _)| *other != number);
+            }
+        }
+    }
+    join(threads);
+}
+
+fn join(threads: Vec<JoinHandle<()>>) {
+    for thread in threads {
+        if thread.join().is_err() {
+            error!("a front-end thread panicked");
         }
     }
 }
 
-fn serve_connection(context: &SessionContext, stop: &Stop, socket: UnixStream) {
-    match socket.try_clone() {
-        Ok(copy) => {
-            let mut state = stop.connection.lock().unwrap_or_else(PoisonError::into_inner);
-            if matches!(*state, Connection::Closed) {
-                return;
-            }
-            *state = Connection::Open(copy);
-        }
+/// Notes a connection, if it may be served.
+fn admit(stop: &Stop, number: u64, socket: &UnixStream, context: &SessionContext) -> bool {
+    let device = context.device.vssd.name();
+    let copy = match socket.try_clone() {
+        Ok(copy) => copy,
         Err(error) => {
-            warn!(%error, "cannot serve a connection");
-            return;
+            warn!(device, %error, "cannot serve a connection");
+            return false;
         }
+    };
+    let mut connections = stop.connections();
+    if connections.open.len() >= MAX_CONNECTIONS {
+        warn!(device, "a front-end was turned away: {MAX_CONNECTIONS} others are connected");
+        return false;
+    }
+    if !connections.closed {
+        connections.open.push((number, copy));
+    }
+    !connections.closed
+}
+
+fn serve_connection(context: &SessionContext, stop: &Stop, number: u64, socket: UnixStream) {
+    while has_departing(&stop.connections(), number) {
+        context.shared.wait_moved(Duration::from_millis(20));
     }
     session::serve(context.clone(), socket);
-    let mut state = stop.connection.lock().unwrap_or_else(PoisonError::into_inner);
-    if !matches!(*state, Connection::Closed) {
-        *state = Connection::None;
-    }
+    stop.connections().open.retain(|(other, _)| *other != number);
+}
+
+/// Whether a connection older than `number` has lost its peer and not ended yet.
+fn has_departing(connections: &Connections, number: u64) -> bool {
+    let older = connections.open.iter().filter(|(other, _)| *other < number);
+    let mut fds: Vec<_> = older.map(|(_, socket)| PollFd::new(socket, PollFlags::empty())).collect();
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    !fds.is_empty()
+        && poll(&mut fds, Some(&now)).is_ok()
+        && fds.iter().any(|fd| fd.revents().contains(PollFlags::HUP))
 }
 
 /// The next connection; `None` once the socket is to be closed.
@@ -307,7 +370,7 @@ fn accept(listener: &UnixListener, stop: &Stop) -> Option<UnixStream> {
             Err(error) => {
                 warn!(%error, "cannot accept a connection");
                 // Out of descriptors, most likely: give others time to return some.
-                thread::sleep(std::time::Duration::from_millis(100));
+                thread::sleep(Duration::from_millis(100));
             }
         }
     }

@@ -3,12 +3,12 @@
 //! The vhost-user side: sockets, guest memory, rings, and the threads that serve them.
 //!
 //! ```text
-//!   frontends ── one thread a vSSD ──► session (vhost messages) ──► commands ──► worker (queues) ──► device::execute
+//!   frontends ── a thread a front-end ─► session (vhost messages) ──► commands ──► worker (queues) ──► device::execute
 //!                                          │ backend channel: config changes          ▲ mailbox: guest-channel replies
 //! ```
 //!
-//! * [`frontends`]: opens and closes the sockets, one thread for each vSSD.
-//! * [`session`]: one connection's life, the handler of vhost-user messages.
+//! * [`frontends`]: opens and closes the sockets, one thread for each socket and each connection.
+//! * [`session`]: one connection's life, the handler of vhost-user messages. [`seat`]: which connection may run the rings.
 //! * [`backend_channel`]: the descriptor for messages to the front-end, and how it is reached.
 //! * [`worker`]: a fixed pool of threads; each owns its queues, an epoll set and a pool lane. [`poller`]: how long it looks
 //!   for work before it sleeps.
@@ -30,6 +30,7 @@ pub mod memory;
 pub mod poller;
 pub mod queue;
 pub mod ring;
+pub mod seat;
 pub mod session;
 pub mod sigbus;
 pub mod worker;

@@ -3,18 +3,18 @@
 //! One front-end connection: the handler of vhost-user messages.
 //!
 //! `vhost` parses the messages and calls the `Session`; the session keeps what they set up and hands complete queues
-//! to the workers. It runs on the vSSD's own thread and may wait there: for a queue to drain, for the owner to answer
-//! parked requests. Any error ends the connection; the guest's requests in flight are answered first.
+//! to the workers. It runs on a thread of its own and may wait there: for a queue to drain, for the owner to answer
+//! parked requests, for another front-end to let go of the rings ([`super::seat`]). Any error ends the connection; the guest's requests in flight are answered first.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
@@ -32,10 +32,11 @@ use super::inflight::InflightRegion;
 use super::memory::{GuestMemory, MAX_REGIONS, RegionSpec};
 use super::queue::{DeviceContext, QueueStart};
 use super::ring::{MAX_QUEUE_SIZE, Ring, RingSpec};
+use super::seat::{Shared, Visitor};
 use super::worker::WorkerHandle;
+use crate::device::DeviceEvent;
 use crate::device::config_space::{self, Geometry};
 use crate::device::request::Limits;
-use crate::device::{DeviceEvent, FrontendStatus};
 use crate::peer::peer_of;
 
 const VIRTIO_F_RING_INDIRECT_DESC: u64 = 1 << 28;
@@ -47,37 +48,6 @@ const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
 /// Why a session ends that lost a page.
 const MEMORY_LOST: &str =
     "memory that the front-end shares is gone: its file was shortened, or there is no room for all of it";
-
-/// What the socket's thread and the owner share about a vSSD's front-end.
-#[derive(Debug, Default)]
-pub struct Shared {
-    /// Bytes, as in the configuration space.
-    pub capacity: AtomicU64,
-    pub status: Mutex<FrontendStatus>,
-    channel: Mutex<Option<OwnedFd>>,
-    /// The socket is being closed by the owner, who therefore answers nobody until that is done.
-    pub closing: AtomicBool,
-}
-
-impl Shared {
-    /// Tells the front-end to read the configuration space again.
-    pub fn notify_config_change(&self) {
-        let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(channel) = &*channel
-            && let Err(error) = backend_channel::send_config_change(channel)
-        {
-            debug!(%error, "the front-end does not take the config-change message");
-        }
-    }
-
-    fn set_channel(&self, channel: Option<OwnedFd>) {
-        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = channel;
-    }
-
-    fn update_status(&self, change: impl FnOnce(&mut FrontendStatus)) {
-        change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-}
 
 /// What a session is made from; the same for all connections of a vSSD.
 #[derive(Clone, Debug)]
@@ -105,37 +75,32 @@ pub fn serve(context: SessionContext, socket: UnixStream) {
         }
     };
     info!(device = name, pid, "front-end connected");
-    shared.update_status(|status| {
-        status.connected = true;
-        status.pid = pid;
-        status.connections += 1;
-    });
-    owner.send(DeviceEvent::Connected { device, pid });
-
-    let session = Arc::new(Mutex::new(Session::new(context, alarm.clone())));
+    let visitor = shared.enter(pid, || owner.send(DeviceEvent::Connected { device, pid }));
+    let session = Arc::new(Mutex::new(Session::new(context, visitor, alarm.clone())));
     let mut handler = BackendReqHandler::from_stream(socket, Arc::clone(&session));
-    let end = run(&mut handler, &shared, &alarm);
+    let lock = || session.lock().unwrap_or_else(PoisonError::into_inner);
+    let end = run(&mut handler, &shared, visitor, &alarm, || lock().count_queues());
     // The socket closes only after the queues have stopped: a front-end may take its memory back once it is closed.
-    session.lock().unwrap_or_else(PoisonError::into_inner).stop_all(Parked::Abandon);
-    shared.set_channel(None);
-    shared.update_status(|status| {
-        status.connected = false;
-        status.pid = None;
-        status.queues = 0;
-    });
+    lock().stop_all(Parked::Abandon);
     let lost = alarm.is_raised().then_some(MEMORY_LOST);
     match end {
-        _ if lost.is_some() => warn!(device = name, "front-end connection ended: {MEMORY_LOST}"),
+        _ if lost.is_some() => warn!(device = name, pid, "front-end connection ended: {MEMORY_LOST}"),
         VhostError::Disconnected | VhostError::SocketBroken(_) => {
-            info!(device = name, "front-end disconnected");
+            info!(device = name, pid, "front-end disconnected");
         }
-        error => warn!(device = name, %error, "front-end connection ended"),
+        error => warn!(device = name, pid, %error, "front-end connection ended"),
     }
     drop(handler);
-    owner.send(DeviceEvent::Disconnected { device, reason: lost });
+    shared.leave(visitor, || owner.send(DeviceEvent::Disconnected { device, reason: lost }));
 }
 
-fn run(handler: &mut BackendReqHandler<Mutex<Session>>, shared: &Shared, alarm: &Alarm) -> VhostError {
+fn run(
+    handler: &mut BackendReqHandler<Mutex<Session>>,
+    shared: &Shared,
+    visitor: Visitor,
+    alarm: &Alarm,
+    after_each: impl Fn(),
+) -> VhostError {
     let socket = match handler.try_clone_connection() {
         Ok(socket) => socket,
         Err(error) => return VhostError::SocketError(error),
@@ -153,13 +118,15 @@ fn run(handler: &mut BackendReqHandler<Mutex<Session>>, shared: &Shared, alarm: 
             return VhostError::InvalidOperation(MEMORY_LOST);
         }
         match backend_channel::peek(&socket) {
-            Ok(Some(channel)) => shared.set_channel(Some(channel)),
+            Ok(Some(channel)) => shared.set_channel(visitor, channel),
             Ok(None) => {}
             Err(error) => return VhostError::SocketBroken(error),
         }
         if let Err(error) = handler.handle_request() {
             return error;
         }
+        // Not sooner: a message may stop a queue and start it again.
+        after_each();
     }
 }
 
@@ -186,6 +153,13 @@ struct Vring {
     running: Option<(u32, WorkerHandle)>,
 }
 
+impl Vring {
+    /// Whether it can start.
+    fn is_ready(&self) -> bool {
+        self.addr.is_some() && self.kick.is_some() && self.enabled && self.running.is_none()
+    }
+}
+
 /// Guest addresses of a ring's parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RingAddr {
@@ -197,6 +171,7 @@ struct RingAddr {
 #[derive(Debug)]
 struct Session {
     context: SessionContext,
+    visitor: Visitor,
     mem: Arc<GuestMemory>,
     vrings: Vec<Vring>,
     features: u64,
@@ -216,10 +191,11 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> VhostError {
 }
 
 impl Session {
-    fn new(context: SessionContext, alarm: Alarm) -> Self {
+    fn new(context: SessionContext, visitor: Visitor, alarm: Alarm) -> Self {
         let vrings = (0..context.geometry.queues).map(|_| Vring::default()).collect();
         Self {
             context,
+            visitor,
             mem: Arc::new(GuestMemory::new(alarm)),
             vrings,
             features: 0,
@@ -257,11 +233,13 @@ impl Session {
         };
         let number = u16::try_from(index).map_err(|_| VhostError::InvalidParam)?;
         let region = self.inflight.clone();
-        let vring = self.vring(index)?;
-        let (Some(addr), Some(kick), true, None) = (vring.addr, &vring.kick, vring.enabled, &vring.running)
-        else {
+        if !self.vring(index)?.is_ready() {
             return Ok(());
-        };
+        }
+        // Before anything of the ring is read: whoever sat before may still have been writing it.
+        self.context.shared.sit(self.visitor, self.context.device.vssd.name()).map_err(failed)?;
+        let vring = self.vring(index)?;
+        let (Some(addr), Some(kick)) = (vring.addr, &vring.kick) else { return Ok(()) };
         let RingAddr { desc, avail, used } = addr;
         let spec = RingSpec { size: vring.size, desc, avail, used, event_idx, next_avail: vring.base };
         let inflight = region.and_then(|region| region.queue(number, vring.size));
@@ -280,7 +258,6 @@ impl Session {
         device.owner.send(DeviceEvent::QueueStarted { device: device.id, queue: number, fresh });
         worker.start(QueueStart { key, device, limits, ring, kick, call });
         self.vring(index)?.running = Some((key, worker));
-        self.count_queues();
         if !self.announced {
             self.announced = true;
             self.context.shared.notify_config_change();
@@ -288,11 +265,10 @@ impl Session {
         Ok(())
     }
 
+    /// Says how many queues run; with none, another front-end may run its own.
     fn count_queues(&self) {
         let running = self.vrings.iter().filter(|vring| vring.running.is_some()).count();
-        self.context
-            .shared
-            .update_status(|status| status.queues = u32::try_from(running).unwrap_or(u32::MAX));
+        self.context.shared.set_queues(self.visitor, u32::try_from(running).unwrap_or(u32::MAX));
     }
 
     /// Stops queues: none takes another chain, every chain taken is answered (or, where so asked, left to be replayed), and
@@ -315,7 +291,7 @@ impl Session {
         }
         for (index, key, ticket, worker) in stopping {
             let stopped = loop {
-                if parked == Parked::Abandon || self.context.shared.closing.load(Ordering::Acquire) {
+                if parked == Parked::Abandon || self.context.shared.is_closing() {
                     worker.abandon(key);
                 }
                 match ticket.wait(Duration::from_millis(100)) {
@@ -327,7 +303,6 @@ impl Session {
                 self.vrings[index].base = stopped.next_avail;
             }
         }
-        self.count_queues();
     }
 
     fn stop_all(&mut self, parked: Parked) {
