@@ -165,6 +165,12 @@ impl Map {
         Entry(self.slot(block.0).map_or(UNPLUGGED, |slot| slot.load(Ordering::Acquire)))
     }
 
+    /// What a request needs to know of a block. The feature `identity-map` answers without the map, so that a benchmark can tell
+    /// what the map costs; nothing is kept apart then.
+    pub(crate) fn lookup(&self, block: BlockIndex) -> Entry {
+        if cfg!(feature = "identity-map") { Entry::mapped(PhysicalBlock(block.0)) } else { self.get(block) }
+    }
+
     /// Keeper and recovery only.
     pub(crate) fn set(&self, block: BlockIndex, entry: Entry) {
         if let Some(slot) = self.slot(block.0) {

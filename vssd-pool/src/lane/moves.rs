@@ -89,7 +89,7 @@ impl Work {
         let mut is_fenced = false;
         let mut has_empty = false;
         for block in (first..end).map(BlockIndex) {
-            let entry = job.vssd.map().get(block);
+            let entry = job.vssd.map().lookup(block);
             if !entry.is_plugged() {
                 return Err(IoError::Evicted.into());
             }
