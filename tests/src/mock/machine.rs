@@ -221,6 +221,12 @@ impl Machine {
         Ok(Inflight { fd, description: answer.payload })
     }
 
+    /// Puts another file in the place of the inflight region's, which the next [`Machine::run`] hands over.
+    pub fn replace_inflight_file(&mut self, file: OwnedFd) -> Result<()> {
+        self.inflight.as_mut().context("no inflight region")?.fd = file;
+        Ok(())
+    }
+
     /// The inflight region's file, to be tampered with.
     pub fn inflight_file(&self) -> Result<&OwnedFd> {
         Ok(&self.inflight.as_ref().context("no inflight region")?.fd)
@@ -304,6 +310,21 @@ impl Machine {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.run()
+    }
+
+    /// As when the guest moves to another monitor: that one connects, then the old one stops the queues. [`Machine::run`] starts
+    /// them there. Gives the old connection, still open.
+    pub fn prepare_move(&mut self) -> Result<Frontend> {
+        let (old, channel) = (self.link.take().context("not connected")?, self.channel.take());
+        self.connect()?;
+        let new = self.link.replace(old);
+        for index in 0..self.options.queues {
+            self.stop_queue(index)?;
+        }
+        drop(channel);
+        self.inflight = None;
+        let old = std::mem::replace(&mut self.link, new);
+        old.context("not connected")
     }
 
     /// The configuration space from `offset` on.
