@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use vssd_protocol::units::{BlockSize, PhysicalBlock};
 
+use crate::error::{Error, Result};
 use crate::grace::{Grace, MAX_LANES};
 use crate::journal::{Journal, Ledger};
 use crate::keeper::Command;
@@ -156,6 +157,16 @@ impl Core {
 
     pub(crate) fn stores(&self) -> impl Iterator<Item = &Arc<dyn Store>> {
         self.media.iter().flatten().map(|medium| &medium.store)
+    }
+
+    /// Makes everything written so far durable.
+    pub(crate) fn sync_all(&self) -> Result<()> {
+        for store in self.stores() {
+            store
+                .sync()
+                .map_err(|source| Error::io(format!("cannot flush {}", store.path().display()), source))?;
+        }
+        Ok(())
     }
 
     /// To be called after appending to the journal, with the position.

@@ -204,6 +204,9 @@ impl Pool {
         let (number, slot) = recovered.checkpoint;
         let mut keeper = Keeper::new(Arc::clone(&core), state.next_id, (number, slot, needed));
         if !options.read_only {
+            // A guest may count on a flush for what an earlier process answered, and may still have to: from here on
+            // nothing on the media is unflushed but what this process writes.
+            core.sync_all()?;
             keeper.take_checkpoint()?;
             keeper.refresh_promises();
             // So that the first writes need not wait for a commit.
@@ -266,11 +269,7 @@ impl Pool {
             return Ok(());
         }
         self.core.journal.health()?;
-        for store in self.core.stores() {
-            store
-                .sync()
-                .map_err(|source| Error::io(format!("cannot flush {}", store.path().display()), source))?;
-        }
+        self.core.sync_all()?;
         // Nothing was written to the blocks in reserve, and since `closing` nobody takes one. The checkpoint
         // says so; no record need, for without it they are merely zeroed again.
         self.core.journal.ledger().blocks.return_reserve();

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use vssd_pool::store::fault::Sim;
+use vssd_pool::store::fault::{Sim, Tear};
 use vssd_pool::{
     BlockRange, BlockSize, CreateOptions, IoError, MediumKind, MediumSpec, OpenOptions, Pool, RangeStatus,
     Submitted, Vssd,
@@ -437,7 +437,7 @@ fn power_cut_under_concurrent_load_loses_nothing_flushed() {
         let context = format!("seed {seed}, cut {i} after {moment} of {end} events");
         replay.advance(moment);
         let bias = [0.0, 1.0, 0.5, 0.1, 0.9][i % 5];
-        let after = Sim::with_images(replay.crash(|| rng.random_bool(bias)));
+        let after = Sim::with_images(replay.crash(Tear::Fine, || rng.random_bool(bias)));
         let report =
             Pool::check_on(after.stores(), true).unwrap_or_else(|error| panic!("{context}: {error}"));
         assert!(report.is_clean(), "{context}: {:?}", report.findings);

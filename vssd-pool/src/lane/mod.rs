@@ -63,7 +63,8 @@ impl Lane {
 
     /// Submits what the batch prepared and makes the copies that it put off. What its requests changed survives the end of
     /// this process from here on, so what they returned is not to be told to anyone before. False if a medium has lost part
-    /// of what it held meanwhile: then what they returned may be wrong, and they are to be handed in again.
+    /// of what it held meanwhile, or does not take the records of what they changed: then what they returned may be wrong,
+    /// and they are to be handed in again.
     pub fn end_batch(&mut self) -> bool {
         self.work.end_batch(&self.core)
     }

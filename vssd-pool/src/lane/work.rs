@@ -89,6 +89,8 @@ pub(super) struct Work {
     pub(super) zeroes: Option<AlignedBuf>,
     /// Media that had lost part of what they held when the last section ended; nothing is asked of them any more.
     pub(super) lost: [bool; 2],
+    /// Records could not be handed over. Said once: later changes are refused at once.
+    unrecorded: bool,
 }
 
 pub(super) fn errno(error: &std::io::Error) -> IoError {
@@ -121,6 +123,7 @@ impl Work {
             resolved: Vec::with_capacity(WARM),
             zeroes: None,
             lost: [false; 2],
+            unrecorded: false,
         }
     }
 
@@ -268,9 +271,13 @@ impl Work {
         let sound = self.notice_losses(core);
         if let Some(parity) = self.section.take() {
             core.grace.leave(self.slot, parity);
-            // A failure is remembered by the journal, and met by the next change and the next flush.
-            if let Err(error) = core.journal.hand_over() {
+            // The journal remembers a failure and refuses every later change; what this batch changed is to be refused, too.
+            if let Err(error) = core.journal.hand_over()
+                && !std::mem::replace(&mut self.unrecorded, true)
+            {
                 tracing::debug!(%error, "records stay in memory");
+                self.fail_all();
+                return false;
             }
         }
         sound
@@ -289,11 +296,16 @@ impl Work {
         }
         if !sound {
             core.journal.fail(&std::io::Error::from_raw_os_error(libc::EIO));
-            let failed = Err(IoError::Io(libc::EIO));
-            self.requests.iter_mut().for_each(|request| request.result = failed);
-            self.ready.iter_mut().for_each(|(_, result)| *result = failed);
+            self.fail_all();
         }
         sound
+    }
+
+    /// Whatever is under way or not yet reported fails.
+    fn fail_all(&mut self) {
+        let failed = Err(IoError::Io(libc::EIO));
+        self.requests.iter_mut().for_each(|request| request.result = failed);
+        self.ready.iter_mut().for_each(|(_, result)| *result = failed);
     }
 
     /// Validates a request and carries it out or parks it.

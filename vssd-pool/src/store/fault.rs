@@ -3,10 +3,13 @@
 //! Media that fail, for tests: they remember every write and barrier, and can show what a power cut at any
 //! moment might have left.
 //!
-//! Of what was written since a medium's last barrier, each atom (512 bytes of an SSD, 64 bytes of NV-RAM) of
-//! each write may have arrived or not, independently. That covers lost, torn and reordered writes.
+//! Of what was written since a medium's last barrier, each write may have arrived or not, whole or in pieces
+//! ([`Tear`]), whatever became of the others. That covers lost, torn and reordered writes.
 //!
-//! [`Sim::fail_at`] makes the n-th operation from now on fail, once.
+//! [`Sim::fail_at`] makes the n-th operation from now on fail, once. [`Sim::set_power`] takes the media away
+//! altogether, which ends a pool on them without a trace, as the end of its process would.
+//!
+//! To look at many moments quickly, [`Replay::crash_into`] only rewrites those pages of a `Sim` that differ.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -33,7 +36,72 @@ struct State {
     is_recording: bool,
     /// The media claim to have flushed but did not.
     ignores_syncs: bool,
-    fail_in: Option<(u64, i32)>,
+    fail_in: Option<(u64, Failure)>,
+    operations: u64,
+    is_off: bool,
+    /// Pages that changed since a replay last looked.
+    touched: Vec<Pages>,
+}
+
+/// How an operation fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// It does nothing and reports this errno.
+    Errno(i32),
+    /// Half of it happens, then it reports that no more came. A barrier does nothing.
+    Short,
+}
+
+/// In which pieces an unflushed write may arrive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tear {
+    /// Each write wholly or not at all.
+    Whole,
+    /// A page of an SSD, a cache line of NV-RAM.
+    Coarse,
+    /// A sector of an SSD, a word of NV-RAM.
+    Fine,
+}
+
+impl Tear {
+    fn atom(self, kind: MediumKind) -> usize {
+        match (self, kind) {
+            (Self::Whole, _) => usize::MAX,
+            (Self::Coarse, MediumKind::Ssd) => 4096,
+            (Self::Fine, MediumKind::Ssd) => 512,
+            (Self::Coarse, MediumKind::Nvram) => 64,
+            (Self::Fine, MediumKind::Nvram) => 8,
+        }
+    }
+}
+
+const PAGE: usize = 4096;
+
+/// A set of pages of one medium that is cheap to go through.
+#[derive(Clone, Debug, Default)]
+struct Pages {
+    seen: Vec<bool>,
+    list: Vec<usize>,
+}
+
+impl Pages {
+    fn add(&mut self, offset: usize, len: usize) {
+        for page in offset / PAGE..(offset + len).div_ceil(PAGE) {
+            if self.seen.len() <= page {
+                self.seen.resize(page + 1, false);
+            }
+            if !std::mem::replace(&mut self.seen[page], true) {
+                self.list.push(page);
+            }
+        }
+    }
+
+    fn drain(&mut self) -> Vec<usize> {
+        for &page in &self.list {
+            self.seen[page] = false;
+        }
+        std::mem::take(&mut self.list)
+    }
 }
 
 /// Simulated media that share one timeline.
@@ -51,8 +119,9 @@ impl Sim {
 
     /// Media with the given contents.
     pub fn with_images(media: Vec<(MediumKind, Vec<u8>)>) -> Arc<Self> {
-        let (kinds, images) = media.into_iter().unzip();
-        Arc::new(Self { kinds, state: Mutex::new(State { images, ..State::default() }) })
+        let (kinds, images): (Vec<_>, Vec<_>) = media.into_iter().unzip();
+        let touched = vec![Pages::default(); images.len()];
+        Arc::new(Self { kinds, state: Mutex::new(State { images, touched, ..State::default() }) })
     }
 
     /// The media as stores.
@@ -91,9 +160,19 @@ impl Sim {
         lock(&self.state).ignores_syncs = true;
     }
 
-    /// The `n`-th operation from now on (0 is the next) fails with `errno`.
-    pub fn fail_at(&self, n: u64, errno: i32) {
-        lock(&self.state).fail_in = Some((n, errno));
+    /// The `n`-th operation from now on (0 is the next) fails.
+    pub fn fail_at(&self, n: u64, failure: Failure) {
+        lock(&self.state).fail_in = Some((n, failure));
+    }
+
+    /// How many operations there were so far.
+    pub fn operations(&self) -> u64 {
+        lock(&self.state).operations
+    }
+
+    /// Without power every operation fails and nothing changes.
+    pub fn set_power(&self, is_on: bool) {
+        lock(&self.state).is_off = !is_on;
     }
 
     /// Whether an ordered failure is still to come.
@@ -107,31 +186,49 @@ impl Sim {
         Replay {
             kinds: self.kinds.clone(),
             durable: state.base.clone(),
+            changed: vec![Pages::default(); self.kinds.len()],
             log: state.log.clone(),
             at: 0,
             pending: Vec::new(),
         }
     }
 
-    fn access<T>(
+    /// `operation` is told how much of it happens.
+    fn access(
         &self,
         medium: usize,
         offset: u64,
         len: usize,
-        operation: impl FnOnce(&mut State, usize) -> T,
-    ) -> io::Result<T> {
+        operation: impl FnOnce(&mut State, usize, usize),
+    ) -> io::Result<()> {
         let mut state = lock(&self.state);
         if !within(offset, len as u64, state.images[medium].len() as u64) {
             return Err(out_of_bounds());
         }
-        if let Some((left, errno)) = state.fail_in {
-            state.fail_in = left.checked_sub(1).map(|left| (left, errno));
-            if left == 0 {
-                return Err(io::Error::from_raw_os_error(errno));
+        if state.is_off {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        state.operations += 1;
+        let offset = usize::try_from(offset).map_err(|_| out_of_bounds())?;
+        match state.fail_in {
+            Some((0, failure)) => {
+                state.fail_in = None;
+                match failure {
+                    Failure::Errno(errno) => Err(io::Error::from_raw_os_error(errno)),
+                    Failure::Short => {
+                        if len > 1 {
+                            operation(&mut state, offset, len / 2);
+                        }
+                        Err(io::ErrorKind::UnexpectedEof.into())
+                    }
+                }
+            }
+            other => {
+                state.fail_in = other.map(|(left, failure)| (left - 1, failure));
+                operation(&mut state, offset, len);
+                Ok(())
             }
         }
-        let offset = usize::try_from(offset).map_err(|_| out_of_bounds())?;
-        Ok(operation(&mut state, offset))
     }
 }
 
@@ -169,8 +266,8 @@ impl Store for SimStore {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.sim.access(self.medium, offset, buf.len(), |state, at| {
-            buf.copy_from_slice(&state.images[self.medium][at..at + buf.len()]);
+        self.sim.access(self.medium, offset, buf.len(), |state, at, len| {
+            buf[..len].copy_from_slice(&state.images[self.medium][at..at + len]);
         })
     }
 
@@ -193,15 +290,16 @@ impl Store for SimStore {
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
         let medium = self.medium;
         let len = usize::try_from(len).map_err(|_| out_of_bounds())?;
-        self.sim.access(medium, offset, len, |state, offset| {
+        self.sim.access(medium, offset, len, |state, offset, len| {
             state.images[medium][offset..offset + len].fill(0);
+            state.touched[medium].add(offset, len);
             state.log(|| Event::Zero { medium, offset, len });
         })
     }
 
     fn sync(&self) -> io::Result<()> {
         let medium = self.medium;
-        self.sim.access(medium, 0, 0, |state, _| {
+        self.sim.access(medium, 0, 0, |state, _, _| {
             if !state.ignores_syncs {
                 state.log(|| Event::Sync { medium });
             }
@@ -213,7 +311,7 @@ impl Store for SimStore {
     }
 
     unsafe fn copy_out(&self, offset: u64, to: *mut u8, len: usize) -> io::Result<()> {
-        self.sim.access(self.medium, offset, len, |state, at| {
+        self.sim.access(self.medium, offset, len, |state, at, len| {
             // SAFETY: `access` checked the bounds of the image; the caller answers for `to`.
             unsafe { std::ptr::copy(state.images[self.medium][at..].as_ptr(), to, len) };
         })
@@ -221,11 +319,14 @@ impl Store for SimStore {
 
     unsafe fn copy_in(&self, offset: u64, from: *const u8, len: usize) -> io::Result<()> {
         let medium = self.medium;
-        self.sim.access(medium, offset, len, |state, offset| {
+        self.sim.access(medium, offset, len, |state, offset, len| {
             // SAFETY: `access` checked the bounds of the image; the caller answers for `from`.
             unsafe { std::ptr::copy(from, state.images[medium][offset..].as_mut_ptr(), len) };
-            let bytes = state.images[medium][offset..offset + len].to_vec();
-            state.log(|| Event::Write { medium, offset, bytes });
+            state.touched[medium].add(offset, len);
+            if state.is_recording {
+                let bytes = state.images[medium][offset..offset + len].to_vec();
+                state.log.push(Event::Write { medium, offset, bytes });
+            }
         })
     }
 
@@ -240,6 +341,8 @@ pub struct Replay {
     kinds: Vec<MediumKind>,
     /// What is there in any case.
     durable: Vec<Vec<u8>>,
+    /// What of it changed since `crash_into` last looked.
+    changed: Vec<Pages>,
     log: Vec<Event>,
     at: usize,
     /// Events that may or may not have reached the medium.
@@ -252,10 +355,12 @@ impl Replay {
         for at in self.at..now.min(self.log.len()) {
             if let Event::Sync { medium } = self.log[at] {
                 let pending = std::mem::take(&mut self.pending);
-                let (arrived, open) = pending.into_iter().partition(|&event| self.medium_of(event) == medium);
+                let (arrived, open): (Vec<_>, Vec<_>) =
+                    pending.into_iter().partition(|&event| self.medium_of(event) == medium);
                 self.pending = open;
-                for event in Vec::<usize>::from_iter(arrived) {
-                    apply(&self.log[event], &mut self.durable, usize::MAX, &mut || true);
+                for event in arrived {
+                    let event = &self.log[event];
+                    apply(event, &mut self.durable, &mut self.changed, usize::MAX, &mut || true);
                 }
             } else {
                 self.pending.push(at);
@@ -264,18 +369,52 @@ impl Replay {
         self.at = self.at.max(now.min(self.log.len()));
     }
 
-    /// What a power cut at this moment may have left: of the atoms that no barrier covers, `arrives` decides for
-    /// each.
-    pub fn crash(&self, mut arrives: impl FnMut() -> bool) -> Vec<(MediumKind, Vec<u8>)> {
+    /// How many writes no barrier covers at this moment.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Whether the next event makes some of them durable, or there is none: every state that the moments before could
+    /// have left is then among those of this one.
+    pub fn is_before_barrier(&self) -> bool {
+        matches!(self.log.get(self.at), None | Some(Event::Sync { .. }))
+    }
+
+    /// What a power cut at this moment may have left: of the pieces that no barrier covers, `arrives` decides for
+    /// each, in the order of the writes.
+    pub fn crash(&self, tear: Tear, arrives: impl FnMut() -> bool) -> Vec<(MediumKind, Vec<u8>)> {
         let mut images = self.durable.clone();
-        for &event in &self.pending {
-            let atom = match self.kinds[self.medium_of(event)] {
-                MediumKind::Nvram => 64,
-                MediumKind::Ssd => 512,
-            };
-            apply(&self.log[event], &mut images, atom, &mut arrives);
-        }
+        self.apply_pending(&mut images, &mut vec![Pages::default(); self.kinds.len()], tear, arrives);
         self.kinds.iter().copied().zip(images).collect()
+    }
+
+    /// Makes of `sim` what [`Replay::crash`] describes. The same `sim` at each call; it was made from what the media held when
+    /// recording began.
+    pub fn crash_into(&mut self, sim: &Sim, tear: Tear, arrives: impl FnMut() -> bool) {
+        let mut state = lock(&sim.state);
+        let State { images, touched, log, is_recording, fail_in, is_off, .. } = &mut *state;
+        log.clear();
+        (*is_recording, *fail_in, *is_off) = (false, None, false);
+        for (medium, (changed, touched)) in self.changed.iter_mut().zip(touched.iter_mut()).enumerate() {
+            for page in changed.drain().into_iter().chain(touched.drain()) {
+                let end = images[medium].len().min((page + 1) * PAGE);
+                images[medium][page * PAGE..end].copy_from_slice(&self.durable[medium][page * PAGE..end]);
+            }
+        }
+        self.apply_pending(images, touched, tear, arrives);
+    }
+
+    fn apply_pending(
+        &self,
+        images: &mut [Vec<u8>],
+        touched: &mut [Pages],
+        tear: Tear,
+        mut arrives: impl FnMut() -> bool,
+    ) {
+        for &event in &self.pending {
+            let atom = tear.atom(self.kinds[self.medium_of(event)]);
+            apply(&self.log[event], images, touched, atom, &mut arrives);
+        }
     }
 
     fn medium_of(&self, event: usize) -> usize {
@@ -285,12 +424,19 @@ impl Replay {
     }
 }
 
-fn apply(event: &Event, images: &mut [Vec<u8>], atom: usize, arrives: &mut impl FnMut() -> bool) {
+fn apply(
+    event: &Event,
+    images: &mut [Vec<u8>],
+    touched: &mut [Pages],
+    atom: usize,
+    arrives: &mut impl FnMut() -> bool,
+) {
     let (medium, offset, len) = match event {
         Event::Write { medium, offset, bytes } => (*medium, *offset, bytes.len()),
         Event::Zero { medium, offset, len } => (*medium, *offset, *len),
         Event::Sync { .. } => return,
     };
+    touched[medium].add(offset, len);
     let mut at = 0;
     while at < len {
         // Up to the next boundary between atoms.
@@ -321,12 +467,12 @@ mod tests {
         store.zero(0, 512).unwrap();
         let mut replay = sim.replay();
         replay.advance(1);
-        assert!(replay.crash(|| false)[0].1.iter().all(|&byte| byte == 0));
+        assert!(replay.crash(Tear::Fine, || false)[0].1.iter().all(|&byte| byte == 0));
         replay.advance(sim.now());
-        let lost = &replay.crash(|| false)[0].1;
+        let lost = &replay.crash(Tear::Fine, || false)[0].1;
         assert!(lost[..4096].iter().all(|&byte| byte == 1) && lost[4096..].iter().all(|&byte| byte == 0));
         let mut turn = 0;
-        let torn = &replay.crash(|| {
+        let torn = &replay.crash(Tear::Fine, || {
             turn += 1;
             turn % 2 == 0
         })[0]
@@ -335,17 +481,62 @@ mod tests {
             assert!(atom.iter().all(|&byte| byte == if i % 2 == 0 { 0 } else { 2 }), "atom {i}");
         }
         assert_eq!(torn[0], 1, "the ninth atom, the zeroes, was lost");
-        assert_eq!(replay.crash(|| true)[0].1, sim.images()[0].1);
+        assert_eq!(replay.crash(Tear::Fine, || true)[0].1, sim.images()[0].1);
     }
 
     #[test]
     fn ordered_operation_fails_once() {
         let sim = Sim::new(&[(MediumKind::Nvram, 4096)]);
         let store = &sim.stores()[0];
-        sim.fail_at(1, libc::EIO);
+        sim.fail_at(1, Failure::Errno(libc::EIO));
         store.write_at(0, &[1; 64]).unwrap();
         assert_eq!(store.sync().unwrap_err().raw_os_error(), Some(libc::EIO));
         store.sync().unwrap();
         assert!(!sim.will_fail());
+    }
+
+    #[test]
+    fn short_operation_does_half_of_it() {
+        let sim = Sim::new(&[(MediumKind::Nvram, 4096)]);
+        let store = &sim.stores()[0];
+        sim.fail_at(0, Failure::Short);
+        store.write_at(0, &[1; 128]).unwrap_err();
+        let image = &sim.images()[0].1;
+        assert!(image[..64].iter().all(|&byte| byte == 1) && image[64..].iter().all(|&byte| byte == 0));
+        sim.set_power(false);
+        store.write_at(0, &[2; 128]).unwrap_err();
+        sim.set_power(true);
+        assert_eq!(sim.images()[0].1[0], 1);
+    }
+
+    #[test]
+    fn crashing_into_media_that_changed_shows_the_same_as_crashing_anew() {
+        let sim = Sim::new(&[(MediumKind::Ssd, 1 << 15), (MediumKind::Nvram, 1 << 14)]);
+        let stores = sim.stores();
+        sim.record();
+        let scratch = Sim::with_images(sim.images());
+        for i in 0..24u8 {
+            let (store, at) = (&stores[usize::from(i % 2)], u64::from(i / 2 % 4) * 4096);
+            store.write_at(at, &[i + 1; 4096]).unwrap();
+            if i % 5 == 4 {
+                store.sync().unwrap();
+            }
+        }
+        let mut replay = sim.replay();
+        for moment in 0..=sim.now() {
+            replay.advance(moment);
+            for tear in [Tear::Whole, Tear::Coarse, Tear::Fine] {
+                let pattern = |turn: &mut usize| {
+                    *turn += 1;
+                    turn.is_multiple_of(3)
+                };
+                let (mut one, mut other) = (0, 0);
+                let expected = replay.crash(tear, || pattern(&mut one));
+                replay.crash_into(&scratch, tear, || pattern(&mut other));
+                assert!(scratch.images() == expected, "{tear:?} after {moment}");
+                // What is done to them afterwards is gone the next time.
+                scratch.stores()[1].zero(64, 64).unwrap();
+            }
+        }
     }
 }
