@@ -14,6 +14,7 @@
 //!
 //! None of this shares code with the daemon, but for the codec of the guest channel.
 
+pub mod arena;
 pub mod driver;
 pub mod frontend;
 pub mod load;
@@ -25,6 +26,7 @@ pub mod queue;
 pub mod ram;
 pub mod ring;
 pub mod site;
+pub mod tenant;
 pub mod trace;
 
 use std::env;

@@ -130,6 +130,40 @@ pub struct Step {
     pub changes: bool,
 }
 
+impl Step {
+    /// A request over whole sectors, laid out as most drivers do.
+    fn plain(kind: Kind, readable: Vec<u8>, writable: usize, bytes: Range<u64>) -> Self {
+        let mut out_cuts = vec![HEADER];
+        if readable.len() > HEADER {
+            out_cuts.push(readable.len() - HEADER);
+        }
+        let in_cuts = if writable > 0 { vec![writable, 1] } else { vec![1] };
+        let changes = changes(kind);
+        Self { kind, readable, writable, out_cuts, in_cuts, table: false, skew: 0, bytes, changes }
+    }
+
+    pub fn read(bytes: Range<u64>) -> Self {
+        let len = index(&bytes).len();
+        Self::plain(Kind::Read, header(T_IN, bytes.start / SECTOR), len, bytes)
+    }
+
+    pub fn write(start: u64, data: &[u8]) -> Self {
+        let bytes = start..start + data.len() as u64;
+        Self::plain(Kind::Write, [&header(T_OUT, start / SECTOR), data].concat(), 0, bytes)
+    }
+
+    pub fn discard(bytes: Range<u64>) -> Self {
+        let segment = segment(bytes.start / SECTOR, sectors(&bytes), 0);
+        Self::plain(Kind::Discard, [header(T_DISCARD, 0), segment].concat(), 0, bytes)
+    }
+
+    /// A write-zeroes that may give the blocks back.
+    pub fn zero_unmap(bytes: Range<u64>) -> Self {
+        let segment = segment(bytes.start / SECTOR, sectors(&bytes), UNMAP);
+        Self::plain(Kind::ZeroUnmap, [header(T_WRITE_ZEROES, 0), segment].concat(), 0, bytes)
+    }
+}
+
 /// A generator of steps and the disk as they leave it.
 #[derive(Debug)]
 pub struct Trace {
