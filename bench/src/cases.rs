@@ -6,7 +6,7 @@ use crate::peer::{Contender, Medium};
 use crate::placement::Placement;
 use crate::run::Sample;
 
-use Contender::{Fio, Qsd, Vssd, VssdPolling};
+use Contender::{Fio, Qsd, Vssd, VssdIdentity, VssdPolling};
 
 /// Bytes of a disk that a steady case uses.
 const SPAN: u64 = 1 << 30;
@@ -74,6 +74,8 @@ pub struct Steady {
     pub waiting: Waiting,
     pub contenders: Vec<Contender>,
     pub gates: Vec<Gate>,
+    /// How many times as many rounds as other cases: for small differences.
+    pub rounds: usize,
     /// Whether to compare with this machine's speed of copying memory.
     pub against_memory: bool,
 }
@@ -121,6 +123,7 @@ pub fn all() -> Vec<Case> {
             waiting: Waiting::Sleeping,
             contenders: vec![Vssd, Qsd],
             gates: vec![times(Vssd, Figure::Iops, 6.0, Qsd), at_least(Vssd, Figure::IopsPerCore, 1e6)],
+            rounds: 1,
             against_memory: false,
         };
         cases.push(steady(format!("nvram-4k-qd32-{way}-same"), base.clone()));
@@ -167,6 +170,22 @@ pub fn all() -> Vec<Case> {
         cases.push(steady(format!("nvram-128k-qd16-{way}-split"), large));
     }
     for (kind, way) in ways {
+        let case = Steady {
+            medium: Medium::Nvram,
+            load: random(kind, 4 * KIB, 32),
+            placement: Placement::Same,
+            waiting: Waiting::Sleeping,
+            contenders: vec![Vssd, VssdIdentity],
+            gates: vec![
+                times(Vssd, Figure::Iops, 0.95, VssdIdentity),
+                times(Vssd, Figure::IopsPerCore, 0.95, VssdIdentity),
+            ],
+            rounds: 3,
+            against_memory: false,
+        };
+        cases.push(steady(format!("map-cost-{way}-same"), case));
+    }
+    for (kind, way) in ways {
         for (depth, factor) in [(1, 1.0), (32, 1.05)] {
             let gates = vec![
                 times(Vssd, Figure::Iops, factor, Qsd),
@@ -180,6 +199,7 @@ pub fn all() -> Vec<Case> {
                 waiting: Waiting::Sleeping,
                 contenders: vec![Vssd, Qsd, Fio],
                 gates,
+                rounds: 1,
                 against_memory: false,
             };
             cases.push(steady(format!("ssd-4k-qd{depth}-{way}-split"), case));
@@ -193,6 +213,7 @@ pub fn all() -> Vec<Case> {
             waiting: Waiting::Sleeping,
             contenders: vec![Vssd, Qsd],
             gates: vec![times(Vssd, Figure::Iops, 1.0, Qsd)],
+            rounds: 1,
             against_memory: false,
         };
         cases.push(steady(format!("ssd-flush-each-qd{depth}-split"), case));

@@ -11,7 +11,7 @@ use vssd_bench::experiment;
 use vssd_bench::peer::Media;
 use vssd_bench::placement::Cpus;
 use vssd_bench::report::machine::Machine;
-use vssd_bench::report::{Report, table};
+use vssd_bench::report::{Report, plot, table};
 use vssd_bench::run::{Bench, Effort};
 
 #[derive(Debug, Parser)]
@@ -44,6 +44,9 @@ struct Datapath {
     /// Write everything measured to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw the rates of all cases into this file, as SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Print the names of the cases and end
     #[arg(long)]
     list: bool,
@@ -94,6 +97,9 @@ fn datapath(args: &Datapath) -> Result<ExitCode> {
     if let Some(path) = &args.json {
         let text = serde_json::to_string_pretty(&report)?;
         std::fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))?;
+    }
+    if let Some(path) = &args.plot {
+        std::fs::write(path, plot::svg(&report)).with_context(|| format!("write {}", path.display()))?;
     }
     let failed = args.gate && report.missed() > 0;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })

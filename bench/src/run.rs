@@ -14,7 +14,7 @@ use serde::Serialize;
 use crate::client::{Load, Session, Tally, Timing, Waiting, drive};
 use crate::meter::{Meter, Usage};
 use crate::peer::qsd::{self, Polling, Way};
-use crate::peer::server::VssdOptions;
+use crate::peer::server::{VssdBuild, VssdOptions};
 use crate::peer::{Contender, Media, Medium, Server, fio};
 use crate::placement::{Cpu, Cpus};
 use crate::stats::{median, spread};
@@ -214,6 +214,7 @@ impl Bench {
         let owner = match contender {
             Contender::Vssd => "vssd",
             Contender::VssdPolling => "vssd-polling",
+            Contender::VssdIdentity => "vssd-identity",
             Contender::Qsd | Contender::Fio => "raw",
         };
         let key = (setting.medium, owner);
@@ -227,7 +228,7 @@ impl Bench {
         let server = if owner == "raw" {
             Server::qsd(&path, &self.qsd[0], 1, cpu, &runtime)?
         } else {
-            let options = VssdOptions { workers: 1, queues: 1, poll_us: 0 };
+            let options = vssd_options(contender, 1);
             Server::new_vssd(&path, setting.medium, &[VSSD], span, options, cpu, &runtime)?
         };
         let load = Load::fill(256 << 10, 8, span);
@@ -246,6 +247,7 @@ impl Bench {
         let name = match contender {
             Contender::Vssd => "v",
             Contender::VssdPolling => "p",
+            Contender::VssdIdentity => "m",
             Contender::Qsd | Contender::Fio => "q",
         };
         let dir = self.media.runtime().join(name);
@@ -259,14 +261,12 @@ impl Bench {
         let file = self.filled(contender, setting)?;
         let (cpu, runtime, queues) =
             (Some(self.cpus.backend()), self.runtime(contender)?, setting.load.queues);
-        let vssd = |poll_us| -> Result<(Rival, Option<String>)> {
-            let server = Server::vssd(&file, VssdOptions { workers: 1, queues, poll_us }, cpu, &runtime)?;
-            self.touch(&server, setting)?;
-            Ok((Rival::Server(server), None))
-        };
         match contender {
-            Contender::Vssd => return vssd(0),
-            Contender::VssdPolling => return vssd(POLL_US),
+            Contender::Vssd | Contender::VssdPolling | Contender::VssdIdentity => {
+                let server = Server::vssd(&file, vssd_options(contender, queues), cpu, &runtime)?;
+                self.touch(&server, setting)?;
+                return Ok((Rival::Server(server), None));
+            }
             Contender::Fio => return Ok((Rival::File(file), None)),
             Contender::Qsd => {}
         }
@@ -323,6 +323,15 @@ impl Bench {
             Ok(tallies.first().map(Sample::of).unwrap_or_default().with(meter.usage()))
         })
     }
+}
+
+fn vssd_options(contender: Contender, queues: usize) -> VssdOptions {
+    let build = match contender {
+        Contender::VssdIdentity => VssdBuild::IdentityMap,
+        _ => VssdBuild::Product,
+    };
+    let poll_us = if contender == Contender::VssdPolling { POLL_US } else { 0 };
+    VssdOptions { build, workers: 1, queues, poll_us }
 }
 
 /// Does something on a thread of its own that is bound to a processor.

@@ -14,7 +14,7 @@ use vssd_tests::mock::operator::Operator;
 use crate::client::Timing::ToEnd;
 use crate::client::{Addresses, Kind, Load, Session, Waiting, drive};
 use crate::meter::Meter;
-use crate::peer::server::VssdOptions;
+use crate::peer::server::{VssdBuild, VssdOptions};
 use crate::peer::{Media, Medium, Server};
 use crate::placement::Placement;
 use crate::report::figures::share;
@@ -62,7 +62,7 @@ pub fn run(bench: &mut Bench, medium: Medium) -> Result<CaseReport> {
     let mut ratios = Vec::new();
     for round in 0..bench.effort.rounds {
         let file = bench.media.zeroed(medium, "fresh", Media::pool_bytes(span))?;
-        let options = VssdOptions { workers: 1, queues: 1, poll_us: 0 };
+        let options = VssdOptions { build: VssdBuild::Product, workers: 1, queues: 1, poll_us: 0 };
         let cpu = Some(bench.cpus.backend());
         let server = Server::new_vssd(&file, medium, &[VSSD], span, options, cpu, &runtime)?;
         settle(&server)?;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::client::Timing::ToEnd;
 use crate::client::{Kind, Load, Session, Waiting, drive};
 use crate::meter::process_time;
-use crate::peer::server::VssdOptions;
+use crate::peer::server::{VssdBuild, VssdOptions};
 use crate::peer::{Media, Medium, Server};
 use crate::placement::Placement;
 use crate::report::figures::share;
@@ -56,7 +56,7 @@ pub fn run(bench: &mut Bench) -> Result<CaseReport> {
     };
     for (poll_us, what) in [(0, "idle"), (POLL_US, "idle, polling allowed")] {
         let file = bench.media.zeroed(Medium::Nvram, "idle", Media::pool_bytes(BYTES * u64::from(COUNT)))?;
-        let options = VssdOptions { workers: 2, queues: 1, poll_us };
+        let options = VssdOptions { build: VssdBuild::Product, workers: 2, queues: 1, poll_us };
         let server = Server::new_vssd(&file, Medium::Nvram, &[], 0, options, None, &runtime)?;
         let (before, _) = memory(server.pid())?;
         server.create(names.iter().map(String::as_str), BYTES)?;

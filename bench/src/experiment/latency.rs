@@ -28,7 +28,7 @@ use vssd_tests::mock::ring::Segment;
 use crate::client::Timing::ToEnd;
 use crate::client::{Load, Session, Tally, Waiting, drive};
 use crate::meter::Meter;
-use crate::peer::server::VssdOptions;
+use crate::peer::server::{VssdBuild, VssdOptions};
 use crate::peer::{Media, Medium, Server};
 use crate::placement::{Placement, idle_priority, pin_thread};
 use crate::report::figures::{self, times};
@@ -50,7 +50,7 @@ pub fn run(bench: &mut Bench, depth: usize) -> Result<CaseReport> {
     let runtime = bench.media.runtime().join("l");
     std::fs::create_dir_all(&runtime)?;
     let file = bench.media.zeroed(Medium::Nvram, "latency", Media::pool_bytes(BYTES))?;
-    let options = VssdOptions { workers: 1, queues: 2, poll_us: 0 };
+    let options = VssdOptions { build: VssdBuild::Product, workers: 1, queues: 2, poll_us: 0 };
     let cpu = Some(bench.cpus.backend());
     let server = Server::new_vssd(&file, Medium::Nvram, &[VSSD], BYTES, options, cpu, &runtime)?;
     on_cpu(client, || {

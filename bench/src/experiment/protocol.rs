@@ -14,7 +14,7 @@ use vssd_tests::mock::driver::Driver;
 use vssd_tests::mock::machine::{Machine, Options};
 use vssd_tests::mock::operator::Operator;
 
-use crate::peer::server::VssdOptions;
+use crate::peer::server::{VssdBuild, VssdOptions};
 use crate::peer::{Media, Medium, Server};
 use crate::placement::Placement;
 use crate::report::figures::{seconds, times};
@@ -55,7 +55,7 @@ pub fn run(bench: &mut Bench) -> Result<CaseReport> {
     let file = bench.media.dir(Medium::Nvram).join("protocol");
     // Takes memory only for what is written to it: next to nothing.
     File::create(&file)?.set_len(Media::pool_bytes(FULL))?;
-    let options = VssdOptions { workers: 1, queues: 2, poll_us: 0 };
+    let options = VssdOptions { build: VssdBuild::Product, workers: 1, queues: 2, poll_us: 0 };
     let server =
         Server::new_vssd(&file, Medium::Nvram, &[VSSD], FULL, options, Some(bench.cpus.backend()), &runtime)?;
     let mut machine = Machine::start(&server.disk(VSSD), Options::default())?;

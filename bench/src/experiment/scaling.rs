@@ -6,7 +6,7 @@ use anyhow::Result;
 use crate::client::Timing::ToEnd;
 use crate::client::{Kind, Load, Session, Waiting, drive};
 use crate::meter::Meter;
-use crate::peer::server::VssdOptions;
+use crate::peer::server::{VssdBuild, VssdOptions};
 use crate::peer::{Media, Medium, Server};
 use crate::placement::Placement;
 use crate::report::figures::{self, share};
@@ -39,7 +39,7 @@ pub fn run(bench: &mut Bench) -> Result<CaseReport> {
     std::fs::create_dir_all(&runtime)?;
     let total = SPAN * COUNTS.len() as u64;
     let file = bench.media.zeroed(Medium::Nvram, "scaling", Media::pool_bytes(total))?;
-    let options = VssdOptions { workers: 1, queues: 1, poll_us: 0 };
+    let options = VssdOptions { build: VssdBuild::Product, workers: 1, queues: 1, poll_us: 0 };
     let server =
         Server::new_vssd(&file, Medium::Nvram, &[], 0, options, Some(bench.cpus.backend()), &runtime)?;
     for count in COUNTS {

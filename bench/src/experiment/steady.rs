@@ -23,7 +23,7 @@ pub fn run(bench: &mut Bench, case: &Steady) -> Result<CaseReport> {
     }
     let mut copies = case.against_memory.then(|| memory::Copies::new(case.load.kind, case.load.block));
     let mut bandwidths = Vec::new();
-    for round in 0..bench.effort.rounds {
+    for round in 0..bench.effort.rounds * case.rounds {
         for (contender, rival, series) in &mut rivals {
             series
                 .add(|| bench.run(rival, &setting, round as u64))

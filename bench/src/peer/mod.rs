@@ -23,6 +23,8 @@ pub enum Contender {
     Vssd,
     /// `vssd-backend`, looking for work for a while before it sleeps.
     VssdPolling,
+    /// `vssd-backend` built to answer without its map.
+    VssdIdentity,
     /// `qemu-storage-daemon`, in the configuration that serves the case best.
     Qsd,
     /// `fio` on the file itself.
@@ -34,6 +36,7 @@ impl Contender {
         match self {
             Self::Vssd => "vssd",
             Self::VssdPolling => "vssd, polling",
+            Self::VssdIdentity => "vssd, identity map",
             Self::Qsd => "qsd",
             Self::Fio => "fio",
         }

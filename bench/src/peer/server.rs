@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The two daemons as processes, bound to a processor.
 
+use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -11,7 +12,7 @@ use serde_json::json;
 use vssd_tests::backend::{control_socket, device_socket, pool_command};
 use vssd_tests::mock::operator::Operator;
 use vssd_tests::paths;
-use vssd_tests::process::{Daemon, tail};
+use vssd_tests::process::{self, Daemon, tail};
 use vssd_tests::qemu::listening;
 use vssd_tests::wait::Deadline;
 
@@ -34,10 +35,36 @@ pub struct Server {
 /// How `vssd-backend` is run.
 #[derive(Clone, Copy, Debug)]
 pub struct VssdOptions {
+    pub build: VssdBuild,
     pub workers: usize,
     pub queues: usize,
     /// How long a worker looks for work before it sleeps.
     pub poll_us: u16,
+}
+
+/// Which `vssd-backend`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum VssdBuild {
+    /// The product.
+    #[default]
+    Product,
+    /// One that does not ask its map.
+    IdentityMap,
+}
+
+impl VssdBuild {
+    fn program(self) -> Result<PathBuf> {
+        if self == Self::Product {
+            return paths::artifact("vssd-backend", "vssd-backend");
+        }
+        let profile = paths::profile_dir()?;
+        let target = profile.parent().context("a profile folder has a parent")?.join("identity-map");
+        let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.current_dir(paths::repo_root()).args(["build", "--quiet", "--release"]);
+        cargo.args(["--package", "vssd-backend", "--features", "vssd-pool/identity-map"]);
+        process::run(cargo.arg("--target-dir").arg(&target))?;
+        Ok(target.join("release/vssd-backend"))
+    }
 }
 
 impl Server {
@@ -69,7 +96,7 @@ impl Server {
 
     /// `vssd-backend` serving all vSSDs of the pool on `file`; sockets lie in `runtime`.
     pub fn vssd(file: &Path, options: VssdOptions, cpu: Option<Cpu>, runtime: &Path) -> Result<Self> {
-        let mut command = Command::new(paths::artifact("vssd-backend", "vssd-backend")?);
+        let mut command = Command::new(options.build.program()?);
         command.arg(format!("--runtime-dir={}", runtime.display()));
         command.arg(format!("--pool={}", file.display()));
         command.arg(format!("--workers={}", options.workers));

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! What was found, as values; [`table`] shows them to people, `serde` to programs.
+//! What was found, as values; [`table`] and [`plot`] show them to people, `serde` to programs.
 
 pub mod figures;
 pub mod machine;
+pub mod plot;
 pub mod table;
 
 use serde::Serialize;
