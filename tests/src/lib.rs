@@ -48,6 +48,7 @@ pub mod image;
 pub mod kernel;
 pub mod mock;
 pub mod paths;
+pub mod page_cache;
 pub mod pattern;
 pub mod process;
 pub mod qemu;
