@@ -182,10 +182,9 @@ impl Negotiation {
         self.withdraw(fx);
     }
 
-    /// A driver said HELLO: a job whose way was open is offered to it.
+    /// A driver said HELLO: the job is offered to it, also what the host has not done yet of one that was the host's.
     pub(super) fn offer_job(&mut self) {
         if let Some(job) = &mut self.job
-            && job.way == Way::Open
             && !job.force
         {
             job.way = Way::Guest;
@@ -202,9 +201,10 @@ impl Negotiation {
             return Some(if self.last_was_vssd { Pick::LeastHarm } else { Pick::Tail { data: true } });
         }
         match job.way {
-            Way::Host => Some(Pick::Tail { data: false }),
+            // A driver that takes part may have come since.
+            Way::Host if self.host_acts() => Some(Pick::Tail { data: false }),
             Way::Open if self.driver == Driver::Stock => Some(Pick::Tail { data: false }),
-            Way::Open | Way::Guest => None,
+            Way::Host | Way::Open | Way::Guest => None,
         }
     }
 

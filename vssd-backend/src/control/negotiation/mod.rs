@@ -522,6 +522,9 @@ impl Negotiation {
             Outcome::Ranges { moved, lost, .. } => (*moved, *lost),
             Outcome::Failed => (0, 0),
         };
+        if moved > 0 {
+            self.stuck = false;
+        }
         let by_this_session = matches!(op.by, OpBy::Guest { epoch: e, .. } if Some(e) == epoch);
         if moved > 0 && !by_this_session {
             self.news_state();

@@ -729,6 +729,36 @@ fn host_does_not_try_again_what_just_failed() {
     assert_eq!(rig.sizes(), (15, 15), "another wish is another try");
 }
 
+/// protocol.md: §15.
+#[test]
+fn host_tries_again_once_the_guest_has_moved_blocks() {
+    let mut rig = Rig::stock_guest(100);
+    rig.resize_to(90);
+    rig.blocks.insert(95, true);
+    rig.run_pool();
+    assert_eq!(rig.sizes(), (100, 100), "the host gave up");
+    let epoch = rig.boot();
+    rig.give(epoch, 3, 1);
+    rig.apply(Event::QueueStarted { queue: 0, fresh: true });
+    rig.pass(SETTLE_MS);
+    rig.run_pool();
+    assert_eq!(rig.sizes(), (100, 100), "what the guest gave unasked was not plugged again");
+}
+
+/// protocol.md: V-40.
+#[test]
+fn host_leaves_its_job_to_a_driver_that_takes_part_meanwhile() {
+    let (mut rig, epoch) = Rig::vssd_guest(100);
+    rig.send(Request::Unplug { epoch, ranges: vec![BlockRange::new(50, 1)] });
+    rig.apply(Event::QueueStarted { queue: 0, fresh: true });
+    rig.pass(SETTLE_MS);
+    let job = rig.resize_to(80);
+    let epoch = rig.boot();
+    rig.run_pool();
+    assert_eq!(rig.sizes(), (80, 99), "the host took blocks that the guest's driver believes to have");
+    assert!(rig.give(epoch, 0, 19).result == RequestResult::Ok && rig.state(job) == JobState::Done);
+}
+
 #[test]
 fn failed_pool_ends_jobs_and_answers_guests() {
     let mut rig = Rig::new(100);
