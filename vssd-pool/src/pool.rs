@@ -568,3 +568,40 @@ fn open_stores(media: &[MediumPath], read_only: bool) -> Result<Vec<Arc<dyn Stor
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{IoError, MediumSpec, Submitted};
+
+    /// The kernel reports a failed write-back to one of those who flush the same file at the same time.
+    #[test]
+    fn flush_under_way_when_another_fails_is_not_acknowledged() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = MediumSpec::new(MediumKind::Ssd, dir.path().join("ssd"), Some(8 << 20));
+        let mut create = CreateOptions::new("pool", vec![spec]);
+        create.block_size = BlockSize::new(4096).unwrap();
+        Pool::create(&create).unwrap();
+        let pool = Pool::open(&OpenOptions::new([&create.media[0].path])).unwrap();
+        let attrs = VssdAttrs::default();
+        let vssd = pool
+            .create_vssd(&VssdSpec { name: "a".to_owned(), max_blocks: 8, initial_blocks: 8, attrs })
+            .unwrap();
+        let mut lane = pool.lane().unwrap();
+        let mut results = Vec::new();
+        for fails in [false, true] {
+            let mut bytes = vec![1u8; 4096];
+            let iov = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+            // SAFETY: `bytes` outlives the request, which is drained next.
+            assert_eq!(unsafe { lane.write(&vssd, 0, &iov, 1) }, Submitted::Pending);
+            lane.drain(&mut |_, result| assert_eq!(result, Ok(())));
+            assert_eq!(lane.flush(&vssd, 2), Submitted::Pending);
+            if fails {
+                pool.core.journal.fail(&std::io::Error::from_raw_os_error(libc::EIO));
+            }
+            lane.drain(&mut |_, result| results.push(result));
+        }
+        assert_eq!(results, [Ok(()), Err(IoError::Io(libc::EIO))]);
+        assert_eq!(lane.flush(&vssd, 3), Submitted::Done(Err(IoError::Io(libc::EIO))));
+    }
+}

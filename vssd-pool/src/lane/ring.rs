@@ -76,6 +76,12 @@ pub(super) struct Ring {
     in_flight: usize,
     #[cfg(test)]
     pub(super) longest: Option<u64>,
+    /// What the next completions report instead of what they did; `None` leaves one alone.
+    #[cfg(test)]
+    results: std::collections::VecDeque<Option<i32>>,
+    /// How many submissions the kernel refuses.
+    #[cfg(test)]
+    refusals: u32,
 }
 
 impl std::fmt::Debug for Ring {
@@ -120,6 +126,10 @@ impl Ring {
             in_flight: 0,
             #[cfg(test)]
             longest: None,
+            #[cfg(test)]
+            results: std::collections::VecDeque::new(),
+            #[cfg(test)]
+            refusals: 0,
         })
     }
 
@@ -276,20 +286,30 @@ impl Ring {
     /// Hands what is prepared to the kernel.
     pub(super) fn submit(&mut self) {
         while !self.ring.submission().is_empty() {
+            #[cfg(test)]
+            if let Some(left) = self.refusals.checked_sub(1) {
+                self.refusals = left;
+                break;
+            }
             match self.ring.submit() {
                 Ok(0) => break,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    // EAGAIN and EBUSY: the kernel wants completions reaped first. The entries stay queued and
-                    // `reap` submits again.
-                    if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) {
+                    // The kernel has no memory for them, or wants completions reaped first. The entries stay queued
+                    // and `reap` submits again.
+                    if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM)) {
                         tracing::error!(%error, "cannot submit to io_uring");
                     }
                     break;
                 }
             }
         }
+    }
+
+    /// Whether the kernel has not taken everything: no completion may ever come of it, so someone has to look again.
+    pub(super) fn is_stuck(&mut self) -> bool {
+        !self.unqueued.is_empty() || !self.ring.submission().is_empty()
     }
 
     /// Waits until something completes; `false` if that cannot be had.
@@ -345,6 +365,8 @@ impl Ring {
     }
 
     fn complete(&mut self, id: u32, result: i32) -> Option<Finished> {
+        #[cfg(test)]
+        let result = self.results.pop_front().flatten().unwrap_or(result);
         let part = self.parts.get_mut(id as usize)?;
         let mut finished = Finished {
             request: part.request,
@@ -449,6 +471,7 @@ fn finish_transfer(part: &Part, direction: Direction) -> Result<(), IoError> {
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
 
     use super::*;
 
@@ -511,6 +534,82 @@ mod tests {
             assert!(read.iter().all(|part| part.result == Ok(())));
             assert!(memory == pattern, "at most {longest} bytes at a time");
         }
+    }
+
+    /// Eight transfers, of which one completion, each in turn, reports something else than it did.
+    #[test]
+    fn failed_and_short_completions_concern_their_request_alone() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let (mut ring, _event) = ring(&file, 1);
+        let mut failures = 0;
+        for direction in [Direction::Write, Direction::Read] {
+            for nth in 0..8 {
+                let errors = [libc::EIO, libc::ENOSPC, libc::ENOMEM, libc::EAGAIN, libc::EINTR].map(|e| -e);
+                for reported in errors.into_iter().chain([0, 1, 513, 4095]) {
+                    let byte = u8::try_from(reported.unsigned_abs() % 97).unwrap() + 1;
+                    file.write_all_at(&[byte; 8 * 4096], 0).unwrap();
+                    let fill = if direction == Direction::Write { byte + 1 } else { 0 };
+                    let mut memory = vec![vec![fill; 4096]; 8];
+                    let mut parts = 0;
+                    for (i, buffer) in (0u32..).zip(&mut memory) {
+                        let buffers = iov(buffer, 1000);
+                        let place = (MediumKind::Ssd, u64::from(i) * 4096, 4096);
+                        let cursor = &mut iov::Cursor::new(&buffers);
+                        ring.transfer(i, place, direction, cursor, &mut parts).unwrap();
+                    }
+                    ring.results = std::iter::repeat_n(None, nth).chain([Some(reported)]).collect();
+                    let finished = finish(&mut ring, parts);
+                    assert!(ring.results.is_empty());
+                    let failed: Vec<_> = finished.iter().filter(|part| part.result.is_err()).collect();
+                    let expected = match -reported {
+                        libc::ENOSPC => Some(IoError::NoSpace),
+                        libc::EIO | libc::ENOMEM => Some(IoError::Io(-reported)),
+                        // Nothing came and nothing will.
+                        0 => Some(IoError::Io(libc::EIO)),
+                        // Done over, or gone on with.
+                        _ => None,
+                    };
+                    let seen: Vec<_> = failed.iter().map(|part| part.result.unwrap_err()).collect();
+                    assert_eq!(seen, Vec::from_iter(expected), "{reported} as completion {nth}");
+                    failures += 1;
+                    let now = if direction == Direction::Write { byte + 1 } else { byte };
+                    let mut held = vec![0; 8 * 4096];
+                    file.read_exact_at(&mut held, 0).unwrap();
+                    for part in finished.iter().filter(|part| part.result.is_ok()) {
+                        let i = part.request as usize;
+                        assert!(held[i * 4096..(i + 1) * 4096].iter().all(|&byte| byte == now));
+                        assert!(memory[i].iter().all(|&byte| byte == now), "{reported} as completion {nth}");
+                        assert_eq!(part.written, if direction == Direction::Write { 4096 } else { 0 });
+                    }
+                }
+            }
+        }
+        println!("{failures} failed or short completions");
+    }
+
+    #[test]
+    fn refused_submission_is_made_good_at_the_next_look() {
+        let file = tempfile::tempfile().unwrap();
+        let (mut ring, _event) = ring(&file, 1);
+        let mut memory = vec![3; 4096];
+        let buffers = iov(&mut memory, 4096);
+        let mut parts = 0;
+        ring.refusals = 3;
+        let place = (MediumKind::Ssd, 0, 4096);
+        ring.transfer(1, place, Direction::Write, &mut iov::Cursor::new(&buffers), &mut parts).unwrap();
+        let mut finished = Vec::new();
+        for _ in 0..3 {
+            ring.submit();
+            assert!(ring.is_stuck());
+        }
+        ring.reap(|part| finished.push(part));
+        assert!(!ring.is_stuck());
+        while finished.is_empty() {
+            assert!(ring.wait());
+            ring.reap(|part| finished.push(part));
+        }
+        assert_eq!((finished[0].result, finished[0].written), (Ok(()), 4096));
     }
 
     #[test]

@@ -210,10 +210,8 @@ impl Work {
                 core.commit_bell.ring();
             }
         }
-        if self.section.is_none()
-            && let Some(ring) = &mut self.ring
-        {
-            ring.submit();
+        if self.section.is_none() {
+            self.submit(core);
         }
         self.close_request(core, request)
     }
@@ -264,9 +262,7 @@ impl Work {
     /// Submits what was prepared, makes the copies that wait, and closes the section. False if one of them may have met a
     /// hole in its medium.
     fn leave(&mut self, core: &Core) -> bool {
-        if let Some(ring) = &mut self.ring {
-            ring.submit();
-        }
+        self.submit(core);
         self.copies.finish(core);
         let sound = self.notice_losses(core);
         if let Some(parity) = self.section.take() {
@@ -395,8 +391,14 @@ impl Work {
         if request.left > 0 {
             return None;
         }
-        if let Some(parity) = request.section.take() {
-            core.grace.leave(self.slot, parity);
+        match request.section.take() {
+            Some(parity) => core.grace.leave(self.slot, parity),
+            // Only a flush has none. The kernel tells of a failed write-back once, to whoever asks first: where somebody
+            // was told, this flush cannot vouch for anything.
+            None if core.journal.has_failed() => {
+                request.result = request.result.and(Err(IoError::Io(libc::EIO)))
+            }
+            None => {}
         }
         self.open -= 1;
         self.free.push(id);
@@ -471,8 +473,26 @@ impl Work {
         fence(Ordering::SeqCst);
     }
 
-    fn update_waiting(&self, core: &Core) {
-        let waits = !self.parked.is_empty() || !self.flushes.is_empty();
+    fn submit(&mut self, core: &Core) {
+        if let Some(ring) = &mut self.ring {
+            ring.submit();
+            self.look_after_ring(core);
+        }
+    }
+
+    /// What the kernel did not take makes no event: the keeper reminds the lane.
+    fn look_after_ring(&mut self, core: &Core) -> bool {
+        let is_stuck = self.ring.as_mut().is_some_and(Ring::is_stuck);
+        if is_stuck && !core.lanes[self.slot].waiting.load(Ordering::Relaxed) {
+            self.announce_waiting(core);
+            core.keeper_bell.ring();
+        }
+        is_stuck
+    }
+
+    fn update_waiting(&mut self, core: &Core) {
+        let is_stuck = self.look_after_ring(core);
+        let waits = is_stuck || !self.parked.is_empty() || !self.flushes.is_empty();
         if !waits && core.lanes[self.slot].waiting.load(Ordering::Relaxed) {
             core.lanes[self.slot].waiting.store(false, Ordering::Relaxed);
         }
