@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -94,6 +95,31 @@ struct State {
 struct Shared {
     state: Mutex<State>,
     news: Condvar,
+    /// Where the guest's bytes go on when the connection at hand ends.
+    next: Mutex<Option<UnixStream>>,
+}
+
+/// The guest's bytes: from one connection after the other, when the guest is moved.
+#[derive(Debug)]
+struct Port {
+    stream: UnixStream,
+    shared: Arc<Shared>,
+}
+
+impl Read for Port {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.stream.read(buf) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(0) | Err(_) => {
+                    let next = self.shared.next.lock().unwrap_or_else(PoisonError::into_inner).take();
+                    let Some(next) = next else { return Ok(0) };
+                    self.stream = next;
+                }
+                other => return other,
+            }
+        }
+    }
 }
 
 impl Shared {
@@ -148,7 +174,8 @@ impl Agent {
         // A guest that hangs stops reading; then a write must fail, not hang with it.
         port.set_write_timeout(Some(WRITE))?;
         let shared = Arc::new(Shared::default());
-        let mut frames = FrameReader::new(port.try_clone().context("share the agent's port")?);
+        let stream = port.try_clone().context("share the agent's port")?;
+        let mut frames = FrameReader::new(Port { stream, shared: Arc::clone(&shared) });
         let theirs = Arc::clone(&shared);
         thread::spawn(move || {
             // Ends with the connection: QEMU's end, or ours being shut down.
@@ -161,6 +188,16 @@ impl Agent {
             theirs.news.notify_all();
         });
         Ok(Self { shared, port: Arc::new(Mutex::new(port)) })
+    }
+
+    /// The guest has been moved to a machine with another connection: it is written to from now on, and read once the one
+    /// before has ended.
+    pub fn move_to(&self, port: UnixStream) -> Result<()> {
+        port.set_write_timeout(Some(WRITE))?;
+        let reader = port.try_clone().context("share the agent's port")?;
+        *self.shared.next.lock().unwrap_or_else(PoisonError::into_inner) = Some(reader);
+        *self.port.lock().unwrap_or_else(PoisonError::into_inner) = port;
+        Ok(())
     }
 
     /// How many boots have reported ready.

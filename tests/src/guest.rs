@@ -6,17 +6,19 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::agent::{Agent, Job, Output};
 use crate::process::{Daemon, tail};
-use crate::qemu::Accel;
+use crate::qemu::{Accel, Qemu};
 use crate::qmp::Qmp;
 use crate::scratch::Scratch;
 use crate::wait::Deadline;
 
 /// The time a command gets when the caller does not say.
 const COMMAND: Duration = Duration::from_secs(120);
+/// A move of a guest that runs takes seconds.
+const MOVE: Duration = Duration::from_secs(60);
 
 /// What a guest is put together from.
 #[derive(Debug)]
@@ -36,11 +38,12 @@ pub struct Guest {
     parts: Parts,
     started: Instant,
     boot_time: Duration,
+    moves: u32,
 }
 
 impl Guest {
     pub(crate) fn new(parts: Parts) -> Self {
-        Self { parts, started: Instant::now(), boot_time: Duration::ZERO }
+        Self { parts, started: Instant::now(), boot_time: Duration::ZERO, moves: 0 }
     }
 
     /// Waits until boot number `boot` has reported ready.
@@ -67,6 +70,36 @@ impl Guest {
             bail!("the guest's kernel panicked: {}", self.console_tail(50));
         }
         Ok(())
+    }
+
+    /// Moves the guest, while it runs, to another QEMU made as `machine`, and ends the one it came from. Gives what QEMU
+    /// says of the move.
+    pub fn migrate(&mut self, machine: &Qemu) -> Result<Value> {
+        // What was sent to the guest must have reached it.
+        self.ok("true")?;
+        self.moves += 1;
+        let parts = &mut self.parts;
+        let socket = parts.scratch.join(format!("move{}", self.moves));
+        let target = machine.start(parts.accel, &parts.scratch, &parts.console, Some(&socket))?;
+        let parameters = json!({ "max-bandwidth": 4u64 << 30, "downtime-limit": 3000 });
+        parts.qmp.execute("migrate-set-parameters", parameters)?;
+        parts.qmp.execute("migrate", json!({ "uri": format!("unix:{}", socket.display()) }))?;
+        let moved = Deadline::after(MOVE).poll("QEMU to move the guest", || {
+            let said = parts.qmp.execute("query-migrate", json!({}))?;
+            match said["status"].as_str() {
+                Some("completed") => Ok(Some(said)),
+                Some("failed" | "cancelled") => bail!("the move failed: {said}"),
+                _ => Ok(None),
+            }
+        })?;
+        parts.agent.move_to(target.agent)?;
+        parts.qmp = target.qmp;
+        // Dropped, and with that killed: the guest does not need it any more.
+        drop(std::mem::replace(&mut parts.process, target.process));
+        Deadline::secs(30).until("the guest to run where it was moved to", || {
+            Ok(parts.qmp.execute("query-status", json!({}))?["status"] == "running")
+        })?;
+        Ok(moved)
     }
 
     /// How long the last boot took, from start or reset to a ready agent.

@@ -299,21 +299,46 @@ impl Qemu {
 
     fn boot_with(&self, accel: Accel) -> Result<Guest> {
         let scratch = Scratch::new()?;
-        let (qmp, agent) = (scratch.join("qmp"), scratch.join("agent"));
         let console = console_log()?;
+        let Started { process, qmp, agent } = self.start(accel, &scratch, &console, None)?;
+        let agent = Agent::new(agent)?;
+        let mut guest =
+            Guest::new(Parts { process, qmp, agent, scratch, console, boot_limit: self.limit, accel });
+        guest.wait_ready(1)?;
+        Ok(guest)
+    }
+
+    /// Starts the machine. With `incoming` it waits for a guest that is moved to it over that socket.
+    pub(crate) fn start(
+        &self,
+        accel: Accel,
+        scratch: &Scratch,
+        console: &Path,
+        incoming: Option<&Path>,
+    ) -> Result<Started> {
+        let name = |what: &str| match incoming {
+            Some(socket) => PathBuf::from(format!("{}.{what}", socket.display())),
+            None => scratch.join(what),
+        };
+        let (qmp, agent) = (name("qmp"), name("agent"));
         // QEMU connects to us, so that no byte of either side can come before the connection.
         let qmp_listener = UnixListener::bind(&qmp)?;
         let agent_listener = UnixListener::bind(&agent)?;
 
         let mut command = self.machine(accel);
-        command.arg("-serial").arg(format!("file:{}", console.display()));
+        command.arg("-chardev").arg(format!("file,id=console,append=on,path={}", console.display()));
+        command.args(["-serial", "chardev:console"]);
         command.arg("-chardev").arg(format!("socket,id=qmp,path={}", qmp.display()));
         command.args(["-mon", "chardev=qmp,mode=control"]);
         command.arg("-chardev").arg(format!("socket,id=agent,path={}", agent.display()));
         command.args(["-device", "virtio-serial-pci,id=vser"]);
         command.args(["-device", &format!("virtserialport,bus=vser.0,chardev=agent,name={PORT_NAME}")]);
+        if let Some(socket) = incoming {
+            command.arg("-incoming").arg(format!("unix:{}", socket.display()));
+        }
         let stderr = scratch.join("qemu.stderr");
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&stderr)?);
+        let log = File::options().create(true).append(true).open(&stderr)?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
 
         let mut process = Daemon::spawn("qemu", command)?;
         let connected = connect(&mut process, &qmp_listener, &agent_listener);
@@ -321,15 +346,20 @@ impl Qemu {
             let said = fs::read_to_string(&stderr).unwrap_or_default();
             format!("QEMU did not start: {}", tail(&said, 10))
         })?;
-        let mut guest =
-            Guest::new(Parts { process, qmp, agent, scratch, console, boot_limit: self.limit, accel });
-        guest.wait_ready(1)?;
-        Ok(guest)
+        Ok(Started { process, qmp, agent })
     }
 }
 
+/// A QEMU that runs, with its connections.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) process: Daemon,
+    pub(crate) qmp: Qmp,
+    pub(crate) agent: UnixStream,
+}
+
 /// Takes QEMU's two connections.
-fn connect(process: &mut Daemon, qmp: &UnixListener, agent: &UnixListener) -> Result<(Qmp, Agent)> {
+fn connect(process: &mut Daemon, qmp: &UnixListener, agent: &UnixListener) -> Result<(Qmp, UnixStream)> {
     let deadline = Deadline::secs(30);
     let mut accept = |listener: &UnixListener, what: &str| -> Result<UnixStream> {
         listener.set_nonblocking(true)?;
@@ -343,7 +373,7 @@ fn connect(process: &mut Daemon, qmp: &UnixListener, agent: &UnixListener) -> Re
     let qmp = accept(qmp, "QEMU's control connection")?;
     let agent = accept(agent, "QEMU's agent connection")?;
     // QEMU greets only when all its devices are there.
-    Ok((Qmp::new(qmp)?, Agent::new(agent)?))
+    Ok((Qmp::new(qmp)?, agent))
 }
 
 /// A new file for a guest's console. It outlives the guest, to be read when a test has failed.
