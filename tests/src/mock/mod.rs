@@ -16,9 +16,12 @@
 
 pub mod arena;
 pub mod driver;
+pub mod follower;
 pub mod frontend;
+pub mod latency;
 pub mod load;
 pub mod machine;
+pub mod media;
 pub mod neighbour;
 pub mod operator;
 pub mod probe;
