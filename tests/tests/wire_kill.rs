@@ -8,23 +8,19 @@
 //!
 //! Some 1,500 kills: `cargo test --release -p vssd-tests --test wire_kill -- --ignored --nocapture`
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use rand::Rng;
 use rand::rngs::StdRng;
 use serde_json::{Value, json};
 use vssd_protocol::control::{JobInfo, method};
-use vssd_protocol::units::BlockRange;
 use vssd_tests::mock::driver::Driver;
+use vssd_tests::mock::follower::Follower;
 use vssd_tests::mock::load::{Counts, Load, Profile};
 use vssd_tests::mock::machine::{F_EVENT_IDX, Machine, Options};
+use vssd_tests::mock::media::Slots;
 use vssd_tests::mock::site::{BLOCK, MIB, Site};
 use vssd_tests::mock::{PATIENCE, rng, seed};
 use vssd_tests::scenario::Medium;
@@ -64,45 +60,6 @@ impl Stalls {
         ensure!(bound <= Duration::from_secs(1), "{what}: I/O stood still for {bound:?}");
         ensure!(max <= Duration::from_secs(5), "{what}: I/O stood still for {max:?} once");
         Ok(())
-    }
-}
-
-/// The two places of a pool's checkpoints on its medium. Opened anew for each look: a daemon does not start while somebody who
-/// lives has its medium open and a lock of the dead one is still there.
-struct Slots {
-    medium: PathBuf,
-    offsets: [u64; 2],
-}
-
-impl Slots {
-    /// Reads from the superblock where they are (layout: `vssd-pool/src/superblock.rs`).
-    fn of(medium: &Path) -> Result<Self> {
-        let file = File::open(medium)?;
-        let mut offsets = [[0; 8]; 2];
-        for (index, offset) in offsets.iter_mut().enumerate() {
-            file.read_exact_at(offset, 104 + 8 * index as u64)?;
-        }
-        Ok(Self { medium: medium.to_path_buf(), offsets: offsets.map(u64::from_le_bytes) })
-    }
-
-    /// The numbers of the checkpoints in either place; 0 where one is being written, or never was.
-    fn numbers(&self) -> Result<[u64; 2]> {
-        let medium = File::open(&self.medium)?;
-        let mut numbers = [0; 2];
-        for (number, offset) in numbers.iter_mut().zip(self.offsets) {
-            let mut header = [0; 40];
-            medium.read_exact_at(&mut header, offset)?;
-            *number = header[32..].try_into().map(u64::from_le_bytes)?;
-        }
-        Ok(numbers)
-    }
-
-    fn newest(&self) -> Result<u64> {
-        Ok(self.numbers()?.into_iter().max().unwrap_or(0))
-    }
-
-    fn one_is_being_written(&self) -> Result<bool> {
-        Ok(self.numbers()?.contains(&0))
     }
 }
 
@@ -235,42 +192,6 @@ fn ten_kills_of_a_ring_without_event_index_whose_indices_wrap_lose_no_request() 
     kills(Medium::Ssd, 10, options, Disk::Full, seed("wire_kill/wrap"))
 }
 
-/// A guest that follows the host's wishes with blocks of its upper half, through every crash.
-struct Follower {
-    stop: Arc<AtomicBool>,
-    rounds: Arc<AtomicU64>,
-    thread: JoinHandle<Result<Driver>>,
-}
-
-/// Blocks of the upper half, one by one and no two neighbours as long as there are others, so that a resize takes many
-/// messages.
-fn upper_half(driver: &Driver, count: u32) -> Vec<BlockRange> {
-    let first = driver.hello.total_blocks / 2;
-    let half = |odd: u32| driver.present().filter(move |block| *block >= first && block % 2 == odd);
-    half(0).chain(half(1)).take(count as usize).map(|block| BlockRange::new(block, 1)).collect()
-}
-
-impl Follower {
-    fn start(mut driver: Driver) -> Self {
-        let (stop, rounds) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (stopped, counted) = (Arc::clone(&stop), Arc::clone(&rounds));
-        driver.batch = 8;
-        let thread = thread::spawn(move || {
-            while !stopped.load(Ordering::Relaxed) {
-                driver.live(&mut upper_half, Duration::from_millis(20))?;
-                counted.fetch_add(1, Ordering::Relaxed);
-            }
-            Ok(driver)
-        });
-        Self { stop, rounds, thread }
-    }
-
-    fn end(self) -> Result<Driver> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().map_err(|_| anyhow!("the driver panicked"))?
-    }
-}
-
 fn unfinished(site: &mut Site) -> Result<Option<JobInfo>> {
     let list: Value = site.operator.call(method::JOB_LIST, &json!({}))?;
     let jobs: Vec<JobInfo> = serde_json::from_value(list["jobs"].clone())?;
@@ -310,10 +231,7 @@ fn kills_in_resizes(medium: Medium, kills: u32, seed: u64) -> Result<()> {
         machine.reconnect()?;
         load.drain().with_context(|| format!("after kill {kill}"))?;
         stalls.0.push(killed.elapsed());
-        if follower.thread.is_finished() {
-            follower.end().with_context(|| format!("after kill {kill}"))?;
-            bail!("the driver gave up");
-        }
+        ensure!(follower.is_well(), "after kill {kill}: {:?}", follower.end());
         if let Some(job) = unfinished(&mut site)? {
             mid_resize += 1;
             let job = site.operator.finish(job.id).with_context(|| format!("after kill {kill}"))?;
@@ -327,13 +245,11 @@ fn kills_in_resizes(medium: Medium, kills: u32, seed: u64) -> Result<()> {
         );
     }
     load.verify()?;
-    let rounds = follower.rounds.load(Ordering::Relaxed);
     let mut driver = follower.end()?;
-    driver.live(&mut upper_half, Duration::from_millis(20))?;
     driver.agree(&mut site.operator, "vm1")?;
     println!(
-        "{medium:?}: {kills} kills, {mid_resize} in mid-resize, met {caught} requests without an answer; {rounds} rounds and {} \
-         messages of the driver; {:?}",
+        "{medium:?}: {kills} kills, {mid_resize} in mid-resize, met {caught} requests without an answer; {} messages of the \
+         driver; {:?}",
         driver.messages, load.counts
     );
     ensure!(mid_resize > 0 && caught > 0, "no kill met a resize or a request");

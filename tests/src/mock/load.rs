@@ -6,12 +6,14 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
 use rand::Rng;
 use rand::rngs::StdRng;
 
 use super::PATIENCE;
+use super::latency::Latency;
 use super::queue::{
     Answer, Layout, Queue, S_OK, SECTOR, T_DISCARD, T_FLUSH, T_IN, T_OUT, T_WRITE_ZEROES, range_segment,
 };
@@ -48,6 +50,7 @@ struct Flight {
     memory: u64,
     version: u32,
     order: u64,
+    sent: Instant,
 }
 
 /// A version of a sector and when it was answered.
@@ -76,6 +79,8 @@ pub struct Counts {
 pub struct Load {
     pub queues: Vec<Queue>,
     pub counts: Counts,
+    /// From the making of a request to when its answer is seen.
+    pub latency: Latency,
     profile: Profile,
     seed: u64,
     rng: StdRng,
@@ -102,6 +107,7 @@ impl Load {
         Ok(Self {
             queues,
             counts: Counts::default(),
+            latency: Latency::default(),
             profile,
             seed,
             rng: super::rng(seed),
@@ -238,7 +244,7 @@ impl Load {
             self.counts.overlaps += 1;
         }
         self.order += 1;
-        let flight = Flight { kind, sectors, memory: at, version, order: self.order };
+        let flight = Flight { kind, sectors, memory: at, version, order: self.order, sent: Instant::now() };
         self.flights.insert((queue, head), flight);
         Ok(())
     }
@@ -261,6 +267,7 @@ impl Load {
         };
         let what = || format!("queue {queue}: {flight:?}: {answer:?}");
         ensure!(answer.status == S_OK, "{}", what());
+        self.latency.add(flight.sent.elapsed());
         self.memory.push(flight.memory & !0xfff);
         if self.flights.iter().any(|((q, _), other)| *q == queue && other.order < flight.order) {
             self.counts.overtaken += 1;
