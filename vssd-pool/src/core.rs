@@ -169,6 +169,16 @@ impl Core {
         Ok(())
     }
 
+    /// Takes the room of journal and checkpoints, lest a full file system under a sparse file stops the whole pool.
+    pub(crate) fn reserve_metadata(&self) -> Result<()> {
+        for medium in self.media.iter().flatten() {
+            medium.store.reserve(0, medium.data_offset).map_err(|source| {
+                Error::io(format!("cannot reserve room on {}", medium.store.path().display()), source)
+            })?;
+        }
+        Ok(())
+    }
+
     /// To be called after appending to the journal, with the position.
     pub(crate) fn appended(&self, position: u64) {
         if position >= self.checkpoint_at.load(Ordering::Relaxed) {

@@ -121,6 +121,7 @@ impl Pool {
         }
         // Nothing must look like a pool until everything is there.
         for store in stores {
+            store.reserve(0, data_offsets[store.kind().index()]).map_err(io_error)?;
             for at in COPIES {
                 store.write_at(at, &[0; SIZE]).map_err(io_error)?;
             }
@@ -207,6 +208,7 @@ impl Pool {
             // A guest may count on a flush for what an earlier process answered, and may still have to: from here on
             // nothing on the media is unflushed but what this process writes.
             core.sync_all()?;
+            core.reserve_metadata()?;
             keeper.take_checkpoint()?;
             keeper.refresh_promises();
             // So that the first writes need not wait for a commit.

@@ -202,14 +202,7 @@ impl Work {
                 + (start & (core.layout.block_size.bytes() - 1));
             count(&bytes[kind.index()], len);
             if medium.store.ring().is_some_and(|ring| ring.data) {
-                self.transfer_by_ring(
-                    core,
-                    job.token,
-                    &mut request,
-                    (kind, offset, len),
-                    direction,
-                    &mut cursor,
-                )?;
+                self.transfer_by_ring(core, job, &mut request, (kind, offset, len), direction, &mut cursor)?;
                 if request.is_some_and(|id| self.requests[id as usize].result.is_err()) {
                     break;
                 }
@@ -268,7 +261,7 @@ impl Work {
     fn transfer_by_ring(
         &mut self,
         core: &Core,
-        token: u64,
+        job: &Job<'_>,
         request: &mut Option<u32>,
         place: (MediumKind, u64, u64),
         direction: Direction,
@@ -282,7 +275,9 @@ impl Work {
                 if let Some(parity) = section {
                     core.grace.hold(self.slot, parity);
                 }
-                *request.insert(self.open_request(token, section))
+                let id = self.open_request(job.token, section);
+                self.set_origin(id, job);
+                *request.insert(id)
             }
         };
         let mut parts = 0;
@@ -440,7 +435,7 @@ impl Work {
         }
         self.transfer_by_ring(
             core,
-            job.token,
+            job,
             request,
             (kind, offset, len),
             Direction::Write,

@@ -17,7 +17,7 @@ use crate::core::Core;
 use crate::grace::Parity;
 use crate::map::Entry;
 use crate::store::AlignedBuf;
-use crate::types::{IoError, MediumKind, Submitted};
+use crate::types::{IoError, MediumKind, Submitted, VssdId};
 use crate::vssd::Vssd;
 
 /// What a lane has room for from the start: how many requests are under way at once depends on the medium's pace, and
@@ -35,6 +35,20 @@ pub(super) struct Request {
     pub(super) result: Outcome,
     /// What it counts as in flight under; flushes touch no blocks.
     section: Option<Parity>,
+    origin: Origin,
+}
+
+/// What it takes to start a request over that found no room on its medium.
+#[derive(Debug, Default)]
+struct Origin {
+    /// `None`: it is not to be started over.
+    what: Option<(VssdId, Op)>,
+    offset: u64,
+    len: u64,
+    /// Kept for its capacity when the request is over.
+    iov: Vec<libc::iovec>,
+    /// When it was first started, if it was started over.
+    since: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +103,8 @@ pub(super) struct Work {
     pub(super) zeroes: Option<AlignedBuf>,
     /// Media that had lost part of what they held when the last section ended; nothing is asked of them any more.
     pub(super) lost: [bool; 2],
+    /// When the parked request that is being started over was first started.
+    retrying_since: Option<Instant>,
     /// Records could not be handed over. Said once: later changes are refused at once.
     unrecorded: bool,
 }
@@ -123,6 +139,7 @@ impl Work {
             resolved: Vec::with_capacity(WARM),
             zeroes: None,
             lost: [false; 2],
+            retrying_since: None,
             unrecorded: false,
         }
     }
@@ -366,13 +383,14 @@ impl Work {
 
     /// A request with one unfinished part, which [`Work::close_request`] takes away.
     pub(super) fn open_request(&mut self, token: u64, section: Option<Parity>) -> u32 {
-        let request = Request { token, left: 1, result: Ok(()), section };
         self.open += 1;
         if let Some(id) = self.free.pop() {
-            self.requests[id as usize] = request;
+            let request = &mut self.requests[id as usize];
+            (request.token, request.left, request.result, request.section) = (token, 1, Ok(()), section);
+            request.origin.what = None;
             return id;
         }
-        self.requests.push(request);
+        self.requests.push(Request { token, left: 1, result: Ok(()), section, origin: Origin::default() });
         // A lane has at most a few thousand requests.
         u32::try_from(self.requests.len() - 1).unwrap_or(u32::MAX)
     }
@@ -383,6 +401,37 @@ impl Work {
             Some((_, result)) => Submitted::Done(result),
             None => Submitted::Pending,
         }
+    }
+
+    /// Remembers where an opened request comes from.
+    pub(super) fn set_origin(&mut self, id: u32, job: &Job<'_>) {
+        if job.op == Op::Read {
+            return;
+        }
+        let since = self.retrying_since;
+        let origin = &mut self.requests[id as usize].origin;
+        origin.what = Some((job.vssd.id(), job.op));
+        (origin.offset, origin.len, origin.since) = (job.offset, job.len, since);
+        origin.iov.clear();
+        origin.iov.extend_from_slice(job.iov);
+    }
+
+    /// Parks a request that is over but found no room on its medium, unless it has waited long enough. Its blocks stay
+    /// mapped; the rest of what was to be written is written when there is room.
+    fn park_again(&mut self, core: &Core, id: u32) -> bool {
+        let request = &mut self.requests[id as usize];
+        let origin = &mut request.origin;
+        let Some((vssd, op)) = origin.what.take() else { return false };
+        let since = origin.since.unwrap_or_else(Instant::now);
+        if request.result != Err(IoError::NoSpace) || since.elapsed() >= core.space_wait {
+            return false;
+        }
+        let Some(vssd) = core.vssd(vssd) else { return false };
+        let (offset, len, iov) = (origin.offset, origin.len, origin.iov.clone());
+        self.parked.push_back(Parked { vssd, op, offset, len, iov, token: request.token, since });
+        self.announce_waiting(core);
+        core.keeper_bell.ring();
+        true
     }
 
     fn part_over(&mut self, core: &Core, id: u32) -> Option<(u64, Outcome)> {
@@ -396,13 +445,14 @@ impl Work {
             // Only a flush has none. The kernel tells of a failed write-back once, to whoever asks first: where somebody
             // was told, this flush cannot vouch for anything.
             None if core.journal.has_failed() => {
-                request.result = request.result.and(Err(IoError::Io(libc::EIO)))
+                request.result = request.result.and(Err(IoError::Io(libc::EIO)));
             }
             None => {}
         }
+        let (token, result) = (request.token, request.result);
         self.open -= 1;
         self.free.push(id);
-        Some((request.token, request.result))
+        if self.park_again(core, id) { None } else { Some((token, result)) }
     }
 
     fn reap(&mut self, core: &Core) {
@@ -508,11 +558,13 @@ impl Work {
             let Some(parked) = self.parked.pop_front() else { break };
             let Parked { vssd, op, offset, len, iov, token, since } = &parked;
             let job = Job { vssd, op: *op, offset: *offset, len: *len, iov, token: *token };
+            self.retrying_since = Some(*since);
             // The pool may have failed meanwhile.
             let step = match self.validate(core, &job) {
                 Ok(()) => self.run(core, &job),
                 Err(error) => Step::Done(Err(error)),
             };
+            self.retrying_since = None;
             match step {
                 Step::Done(result) => self.ready.push((*token, result)),
                 Step::Pending => {}

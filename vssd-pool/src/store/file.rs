@@ -37,6 +37,17 @@ impl MediumFile {
         self.file.as_raw_fd()
     }
 
+    pub(super) fn fallocate(&self, mode: libc::c_int, offset: u64, len: u64) -> io::Result<()> {
+        let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
+            return Err(super::out_of_bounds());
+        };
+        // SAFETY: fallocate touches no memory of ours; the descriptor is open.
+        if unsafe { libc::fallocate(self.fd(), mode, offset, len) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
     pub(super) fn is_tmpfs(&self) -> bool {
         !self.is_device && self.magic == TMPFS_MAGIC
     }
@@ -105,15 +116,12 @@ pub(super) fn create(path: &Path, size: u64, kind: MediumKind, force: bool) -> R
 
 /// Takes the room of a mapped file at once: a store into a hole of a full file system is a SIGBUS.
 fn reserve_space(medium: &MediumFile, size: u64) -> Result<()> {
-    let size = i64::try_from(size).map_err(|_| Error::medium(&medium.path, "is too large"))?;
-    // SAFETY: fallocate touches no memory of ours; the descriptor is open.
-    if unsafe { libc::fallocate(medium.fd(), 0, 0, size) } != 0 {
-        let source = io::Error::last_os_error();
-        if source.raw_os_error() != Some(libc::EOPNOTSUPP) {
-            return Err(Error::io(format!("cannot reserve the room of {}", medium.path.display()), source));
+    match medium.fallocate(0, 0, size) {
+        Err(source) if source.raw_os_error() != Some(libc::EOPNOTSUPP) => {
+            Err(Error::io(format!("cannot reserve the room of {}", medium.path.display()), source))
         }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn finish(file: File, path: &Path, is_fresh: bool, read_only: bool) -> Result<MediumFile> {

@@ -80,6 +80,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Makes bytes zero.
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
 
+    /// Takes room for bytes that will be written, so that a full file system is met now and not then.
+    fn reserve(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Makes every write that has returned survive a power cut.
     fn sync(&self) -> io::Result<()>;
 

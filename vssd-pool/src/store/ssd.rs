@@ -92,14 +92,7 @@ impl SsdStore {
             PUNCH_HOLE => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             _ => return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
         };
-        let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
-            return Err(out_of_bounds());
-        };
-        // SAFETY: fallocate touches no memory of ours; the descriptor is open.
-        if unsafe { libc::fallocate(self.medium.fd(), mode, offset, len) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
+        self.medium.fallocate(mode, offset, len)
     }
 
     fn zero_by_writing(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
@@ -262,6 +255,10 @@ impl Store for SsdStore {
             }
             match self.zero_by(method, offset, len) {
                 Ok(()) => return Ok(()),
+                // Zeroes may take room on a file system that has none left; a hole gives some back.
+                Err(error) if method == ZERO_RANGE && error.raw_os_error() == Some(libc::ENOSPC) => {
+                    return self.zero_by(PUNCH_HOLE, offset, len).map_err(|_| error);
+                }
                 Err(error)
                     if matches!(error.raw_os_error(), Some(libc::EIO | libc::ENOSPC | libc::EINTR)) =>
                 {
@@ -270,6 +267,16 @@ impl Store for SsdStore {
                 // Not offered here: never ask again.
                 Err(_) => self.zero_method.store(method + 1, Ordering::Relaxed),
             }
+        }
+    }
+
+    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        if self.medium.is_device {
+            return Ok(());
+        }
+        match self.medium.fallocate(libc::FALLOC_FL_KEEP_SIZE, offset, len) {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+            result => result,
         }
     }
 
