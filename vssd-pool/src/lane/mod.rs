@@ -15,6 +15,7 @@ mod copies;
 mod iov;
 mod moves;
 mod ring;
+mod sync;
 mod work;
 
 use std::os::fd::{AsFd, BorrowedFd};

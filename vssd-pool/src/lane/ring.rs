@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A lane's io_uring: reads, writes and flushes of media that are not memory.
+//! A lane's io_uring: reads, writes and syncs of media that are not memory.
 //!
 //! A request is made of parts, each one run of bytes on one medium. Parts sit in slots that are reused, so
 //! nothing is allocated once the lane has warmed up. It knows media and buffers, neither blocks nor vSSDs.
@@ -31,8 +31,8 @@ pub(super) enum Direction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Transfer(Direction),
-    /// A flush, and how many writes had completed when it began.
-    Flush(u64),
+    /// A sync, and how many writes had completed when it began.
+    Sync(u64),
 }
 
 /// One run of bytes under way.
@@ -61,8 +61,8 @@ pub(super) struct Finished {
     pub(super) medium: MediumKind,
     /// Bytes written.
     pub(super) written: u64,
-    /// Of a flush, failed or not: the writes it was to cover.
-    pub(super) flushed: Option<u64>,
+    /// Of a sync, failed or not: the writes it was to cover.
+    pub(super) synced: Option<u64>,
     pub(super) result: Result<(), IoError>,
 }
 
@@ -216,9 +216,9 @@ impl Ring {
         Ok(())
     }
 
-    /// Prepares a flush of a medium's file that covers `writes` completed writes.
-    pub(super) fn flush(&mut self, request: u32, medium: MediumKind, writes: u64) {
-        let id = self.slot(request, medium, Kind::Flush(writes), 0);
+    /// Prepares a sync of a medium's file that covers `writes` completed writes. It belongs to no one request.
+    pub(super) fn sync(&mut self, medium: MediumKind, writes: u64) {
+        let id = self.slot(u32::MAX, medium, Kind::Sync(writes), 0);
         self.queue(id);
     }
 
@@ -249,7 +249,7 @@ impl Ring {
         let part = self.parts.get(id as usize)?;
         let file = types::Fixed(self.targets[part.medium.index()]?.index);
         let entry = match part.kind {
-            Kind::Flush(_) => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+            Kind::Sync(_) => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
             Kind::Transfer(direction) => {
                 let iov = &part.iov[part.at..];
                 #[cfg(test)]
@@ -372,7 +372,7 @@ impl Ring {
             request: part.request,
             medium: part.medium,
             written: 0,
-            flushed: if let Kind::Flush(writes) = part.kind { Some(writes) } else { None },
+            synced: if let Kind::Sync(writes) = part.kind { Some(writes) } else { None },
             result: Ok(()),
         };
         match (part.kind, u64::try_from(result)) {
@@ -384,7 +384,7 @@ impl Ring {
                 finished.result =
                     Err(if -result == libc::ENOSPC { IoError::NoSpace } else { IoError::Io(-result) });
             }
-            (Kind::Flush(_), Ok(_)) => {}
+            (Kind::Sync(_), Ok(_)) => {}
             // Nothing more comes: the medium is shorter than it was.
             (Kind::Transfer(_), Ok(0)) => finished.result = Err(IoError::Io(libc::EIO)),
             (Kind::Transfer(direction), Ok(n)) => {
@@ -663,17 +663,17 @@ mod tests {
     }
 
     #[test]
-    fn failed_flush_is_reported_as_a_flush() {
+    fn failed_sync_is_reported_as_a_sync() {
         let file = tempfile::tempfile().unwrap();
         let (mut good, _event) = ring(&file, 1);
-        good.flush(9, MediumKind::Ssd, 42);
-        let flushed = finish(&mut good, 1);
-        assert_eq!((flushed[0].flushed, flushed[0].result, flushed[0].request), (Some(42), Ok(()), 9));
+        good.sync(MediumKind::Ssd, 42);
+        let synced = finish(&mut good, 1);
+        assert_eq!((synced[0].synced, synced[0].result), (Some(42), Ok(())));
         // A pipe cannot be flushed.
         let (_read, write) = std::io::pipe().unwrap();
         let (mut bad, _event) = ring(&std::fs::File::from(std::os::fd::OwnedFd::from(write)), 1);
-        bad.flush(9, MediumKind::Ssd, 42);
-        let flushed = finish(&mut bad, 1);
-        assert_eq!((flushed[0].flushed, flushed[0].result), (Some(42), Err(IoError::Io(libc::EINVAL))));
+        bad.sync(MediumKind::Ssd, 42);
+        let synced = finish(&mut bad, 1);
+        assert_eq!((synced[0].synced, synced[0].result), (Some(42), Err(IoError::Io(libc::EINVAL))));
     }
 }

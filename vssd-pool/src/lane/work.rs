@@ -13,6 +13,7 @@ use vssd_protocol::units::SECTOR_SIZE;
 use super::copies::Copies;
 use super::moves::{Step, Why};
 use super::ring::{Finished, Ring};
+use super::sync::Group;
 use crate::core::Core;
 use crate::grace::Parity;
 use crate::map::Entry;
@@ -92,6 +93,8 @@ pub(super) struct Work {
     free: Vec<u32>,
     /// Requests that wait for parts or for the journal.
     open: usize,
+    /// Flushes that wait for a medium.
+    syncs: [Group; 2],
     /// Flushes that wait for the journal: (position, request).
     flushes: Vec<(u64, u32)>,
     parked: VecDeque<Parked>,
@@ -132,6 +135,7 @@ impl Work {
             requests: Vec::with_capacity(WARM),
             free: Vec::with_capacity(WARM),
             open: 0,
+            syncs: Default::default(),
             flushes: Vec::new(),
             parked: VecDeque::new(),
             look_again: false,
@@ -189,6 +193,8 @@ impl Work {
         if core.journal.has_failed() {
             return Submitted::Done(Err(IoError::Io(libc::EIO)));
         }
+        // What is counted as written has to be there before a sync may cover it.
+        self.copies.finish(core);
         let request = self.open_request(token, None);
         for kind in MediumKind::ALL {
             let Some(medium) = &core.media[kind.index()] else { continue };
@@ -198,8 +204,8 @@ impl Work {
             }
             if medium.store.ring().is_some() {
                 match self.ring(core) {
-                    Ok(ring) => {
-                        ring.flush(request, kind, writes);
+                    Ok(_) => {
+                        self.syncs[kind.index()].join(writes, request);
                         self.requests[request as usize].left += 1;
                     }
                     Err(error) => self.requests[request as usize].result = Err(error),
@@ -227,10 +233,28 @@ impl Work {
                 core.commit_bell.ring();
             }
         }
+        self.begin_syncs(core);
         if self.section.is_none() {
             self.submit(core);
         }
         self.close_request(core, request)
+    }
+
+    /// Prepares the syncs that flushes wait for. Whether there were some.
+    fn begin_syncs(&mut self, core: &Core) -> bool {
+        let mut any = false;
+        for kind in MediumKind::ALL {
+            let group = &mut self.syncs[kind.index()];
+            if group.is_due()
+                && let Some(ring) = &mut self.ring
+            {
+                let writes = core.writes_on(kind);
+                ring.sync(kind, writes);
+                group.begin(writes);
+                any = true;
+            }
+        }
+        any
     }
 
     pub(super) fn poll(&mut self, core: &Core, done: &mut impl FnMut(u64, Outcome)) -> usize {
@@ -459,25 +483,43 @@ impl Work {
         let Some(mut ring) = self.ring.take() else { return };
         ring.reap(|finished| self.finished(core, &finished));
         self.ring = Some(ring);
+        if self.begin_syncs(core) {
+            self.submit(core);
+        }
     }
 
     fn finished(&mut self, core: &Core, part: &Finished) {
         let i = part.medium.index();
+        if let Some(writes) = part.synced {
+            self.synced(core, part.medium, writes, part.result);
+            return;
+        }
         if part.written > 0 {
             add(&core.lanes[self.slot].data_bytes_written[i], part.written);
             add(&core.lanes[self.slot].writes[i], 1);
         }
         if let Err(error) = part.result {
-            if part.flushed.is_some() {
-                let errno = if let IoError::Io(errno) = error { errno } else { libc::EIO };
-                core.journal.fail(&std::io::Error::from_raw_os_error(errno));
-            }
             self.requests[part.request as usize].result = Err(error);
-        } else if let Some(writes) = part.flushed {
-            core.synced[i].fetch_max(writes, Ordering::AcqRel);
         }
         let over = self.part_over(core, part.request);
         self.ready.extend(over);
+    }
+
+    fn synced(&mut self, core: &Core, kind: MediumKind, writes: u64, result: Outcome) {
+        match result {
+            Ok(()) => drop(core.synced[kind.index()].fetch_max(writes, Ordering::AcqRel)),
+            Err(IoError::Io(errno)) => core.journal.fail(&std::io::Error::from_raw_os_error(errno)),
+            Err(_) => core.journal.fail(&std::io::Error::from_raw_os_error(libc::EIO)),
+        }
+        let mut group = std::mem::take(&mut self.syncs[kind.index()]);
+        group.end(result, |request| {
+            if result.is_err() {
+                self.requests[request as usize].result = result;
+            }
+            let over = self.part_over(core, request);
+            self.ready.extend(over);
+        });
+        self.syncs[kind.index()] = group;
     }
 
     fn finish_flushes(&mut self, core: &Core) {
