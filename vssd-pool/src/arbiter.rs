@@ -7,6 +7,7 @@
 //! to one medium also within that medium's. At 100 % every plugged block can therefore be backed: what is
 //! not leased is clean, reserved or being scrubbed, and all of that comes back to first writes.
 
+use crate::sabotage::{Sabotage, active};
 use crate::types::{Class, MediumKind};
 
 /// What there is to promise.
@@ -44,7 +45,8 @@ impl Capacity {
 
     /// How many blocks may be promised in all.
     pub(crate) fn promisable(&self) -> u64 {
-        self.scaled(self.physical.iter().map(|&blocks| u64::from(blocks)).sum())
+        let blocks: u64 = self.physical.iter().map(|&blocks| u64::from(blocks)).sum();
+        self.scaled(blocks + u64::from(active(Sabotage::CapacityOffByOne)))
     }
 
     fn promisable_on(&self, kind: MediumKind) -> u64 {

@@ -16,6 +16,7 @@ use crate::grace::{Grace, MAX_LANES};
 use crate::journal::{Journal, Ledger};
 use crate::keeper::Command;
 use crate::lock;
+use crate::sabotage::{Sabotage, active};
 use crate::store::Store;
 use crate::superblock::Layout;
 use crate::types::{MediumKind, VssdId};
@@ -196,7 +197,7 @@ impl Core {
         }
         let runs = ledger.blocks.refill(RUNS);
         let mut position = ledger.buffer.position();
-        for run in &runs {
+        for run in runs.iter().filter(|_| !active(Sabotage::ForgetReserve)) {
             position = ledger.buffer.append(&crate::record::Record::Reserve(*run));
         }
         ledger.blocks.reserved(&runs, position);

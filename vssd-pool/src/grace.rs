@@ -27,6 +27,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::sabotage::{Sabotage, active};
+
 /// How many lanes there can be at a time.
 pub(crate) const MAX_LANES: usize = 64;
 
@@ -97,6 +99,9 @@ impl Grace {
     /// `false` when `give_up` was set meanwhile.
     #[must_use]
     pub(crate) fn synchronize(&self, give_up: &AtomicBool) -> bool {
+        if active(Sabotage::FreeBeforeFence) {
+            return true;
+        }
         let _turn = self.one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
         fence(Ordering::SeqCst);
         for _ in 0..2 {

@@ -44,6 +44,7 @@ use crate::crc::{Crc, crc32c};
 use crate::error::{Error, Result};
 use crate::lock;
 use crate::record::{Record, SLOT};
+use crate::sabotage::{Sabotage, active};
 use crate::store::Store;
 use crate::types::Uuid;
 
@@ -213,6 +214,9 @@ impl Journal {
 
     /// Declares the pool's durability unknown.
     pub(crate) fn fail(&self, error: &io::Error) {
+        if active(Sabotage::ForgetFailedFlush) {
+            return;
+        }
         let errno = error.raw_os_error().unwrap_or(libc::EIO);
         if self.failed.compare_exchange(0, errno, Ordering::AcqRel, Ordering::Acquire).is_ok() {
             tracing::error!(medium = %self.store.path().display(), %error, "write failed, the pool takes no more changes");
@@ -239,6 +243,9 @@ impl Journal {
     /// Writes the records of every change announced so far to the medium, where they survive the end of this process.
     /// Without a change it costs two loads.
     pub(crate) fn hand_over(&self) -> Result<()> {
+        if active(Sabotage::SkipHandOver) {
+            return Ok(());
+        }
         let wanted = self.announced.load(Ordering::Acquire);
         if self.handed_over.load(Ordering::Acquire) >= wanted {
             return Ok(());
@@ -263,7 +270,8 @@ impl Journal {
         }
         self.write_pages(&mut lock(&self.writing))?;
         let written = self.written.load(Ordering::Acquire);
-        if let Err(error) = self.store.sync() {
+        let flushed = if active(Sabotage::SkipFlush) { Ok(()) } else { self.store.sync() };
+        if let Err(error) = flushed {
             self.fail(&error);
             return self.health();
         }
@@ -424,11 +432,8 @@ fn parse_header(page: &[u8], pool: Uuid) -> Option<(u64, u64, usize)> {
     crc.update(&page[8..HEADER + len]);
     let (sequence, group_start) = (long(8)?, long(16)?);
     // The highest numbers would overflow when counting on; no pool lives that long.
-    (crc.finish() == word(4)? && group_start <= sequence && sequence < u64::MAX / 2).then_some((
-        sequence,
-        group_start,
-        len,
-    ))
+    let is_whole = crc.finish() == word(4)? || active(Sabotage::IgnoreJournalChecksum);
+    (is_whole && group_start <= sequence && sequence < u64::MAX / 2).then_some((sequence, group_start, len))
 }
 
 #[cfg(test)]

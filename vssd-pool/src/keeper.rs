@@ -28,6 +28,7 @@ use crate::lock;
 use crate::map::{Entry, MAX_VSSD_BLOCKS, Map};
 use crate::pool::ResizeDone;
 use crate::record::{MAX_NAME, MAX_POLICY, Meta, Record};
+use crate::sabotage::{Sabotage, active};
 use crate::types::{Class, MediumKind, RangeStatus, Uuid, VssdAttrs, VssdId, VssdSpec};
 use crate::vssd::Vssd;
 
@@ -469,7 +470,8 @@ impl Keeper {
         let core = &*self.core;
         core.journal.health()?;
         let (number, slot, last_begin) = self.checkpoint;
-        let (number, slot) = (number + 1, 1 - slot);
+        let (number, slot) =
+            (number + 1, if active(Sabotage::OverwriteLiveCheckpoint) { slot } else { 1 - slot });
         let (begin, clean) = {
             let mut ledger = core.journal.ledger();
             (ledger.buffer.seal(), ledger.blocks.clean().clone())

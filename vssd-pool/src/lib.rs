@@ -40,6 +40,7 @@ mod map;
 mod pool;
 mod record;
 mod recovery;
+pub mod sabotage;
 mod scrub;
 pub mod sigbus;
 mod state;

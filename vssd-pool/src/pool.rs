@@ -24,6 +24,7 @@ use crate::lane::Lane;
 use crate::lock;
 use crate::record::MAX_NAME;
 use crate::recovery::{self, Media};
+use crate::sabotage::{Sabotage, active};
 use crate::scrub::{self, Round};
 use crate::store::{self, Store};
 use crate::superblock::{self, COPIES, HEADER, SIZE, Superblock};
@@ -207,7 +208,9 @@ impl Pool {
         if !options.read_only {
             // A guest may count on a flush for what an earlier process answered, and may still have to: from here on
             // nothing on the media is unflushed but what this process writes.
-            core.sync_all()?;
+            if !active(Sabotage::SkipOpeningFlush) {
+                core.sync_all()?;
+            }
             core.reserve_metadata()?;
             keeper.take_checkpoint()?;
             keeper.refresh_promises();

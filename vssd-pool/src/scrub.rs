@@ -12,6 +12,7 @@ use vssd_protocol::units::PhysicalBlock;
 use crate::blocks::PhysicalRun;
 use crate::core::Core;
 use crate::record::Record;
+use crate::sabotage::{Sabotage, active};
 use crate::types::MediumKind;
 
 /// Bytes zeroed in one round.
@@ -83,6 +84,9 @@ fn zero(core: &Core, run: PhysicalRun) -> bool {
             return false;
         }
         let len = PIECE.min(end - at);
+        if active(Sabotage::ForgetZero) {
+            return true;
+        }
         if let Err(error) = medium.store.zero(at, len) {
             tracing::error!(medium = %medium.store.path().display(), offset = at, %error, "cannot zero a block");
             return false;
