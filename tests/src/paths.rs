@@ -14,6 +14,8 @@ use crate::process;
 
 /// Set by a caller that has already built every binary, so that none is rebuilt on demand.
 pub const PREBUILT_ENV: &str = "VSSD_TESTS_PREBUILT";
+/// Another daemon than the one of this checkout's build: a path.
+pub const BACKEND_ENV: &str = "VSSD_TESTS_BACKEND";
 /// Overrides the cache folder.
 pub const CACHE_ENV: &str = "VSSD_GUEST_CACHE";
 
@@ -58,6 +60,11 @@ pub fn lock_cache(name: &str) -> Result<CacheLock> {
 
 /// The path of a binary of this workspace, built first unless the caller says that was done.
 pub fn artifact(package: &str, bin: &str) -> Result<PathBuf> {
+    if bin == "vssd-backend"
+        && let Some(path) = env::var_os(BACKEND_ENV)
+    {
+        return Ok(path.into());
+    }
     static BUILT: LazyLock<Mutex<HashMap<String, PathBuf>>> = LazyLock::new(Mutex::default);
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(path) = built.get(bin) {

@@ -5,6 +5,8 @@
 //! What a guest can get wrong is found here: indices out of bounds, loops, tables in tables, memory it does not have,
 //! device-readable after device-writable parts. Knows descriptors, not block requests.
 
+use vssd_pool::sabotage::{Sabotage, active};
+
 use super::memory::GuestMemory;
 use super::ring::{Descriptor, Ring};
 
@@ -159,6 +161,12 @@ pub fn walk(ring: &Ring, head: u16, segments: &mut Segments) -> Result<(), Chain
         }
         budget = budget.checked_sub(1).ok_or(ChainError::TooLong(ring.size()))?;
         segments.add(mem, desc)?;
+        if active(Sabotage::FetchLengthTwice)
+            && let Some(again) = ring.descriptor(index)
+            && let Some(last) = segments.readable.last_mut()
+        {
+            last.iov_len = again.len as usize;
+        }
         if desc.flags & F_NEXT == 0 {
             return Ok(());
         }
@@ -219,6 +227,8 @@ fn read_table_entry(mem: &GuestMemory, addr: u64) -> Option<Descriptor> {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+    use std::time::{Duration, Instant};
 
     use proptest::prelude::*;
 
@@ -288,6 +298,41 @@ mod tests {
         let ring = ring(&[(0, 16, F_NEXT, SIZE)]);
         assert!(matches!(walked(&ring, 0), Err(ChainError::Index { index: SIZE, .. })));
         assert!(matches!(walked(&ring, SIZE), Err(ChainError::Index { .. })));
+    }
+
+    /// What was checked is what is used, however the guest changes it in between.
+    #[test]
+    fn length_that_changes_after_its_check_is_not_used() {
+        let ring = ring(&[(0xfe00, 512, 0, 0)]);
+        let at = ring.memory().translate_whole(DESC + 8, 4).unwrap().cast::<u32>();
+        // SAFETY: four mapped and aligned bytes, which live as long as the ring.
+        let len = unsafe { AtomicU32::from_ptr(at) };
+        let stop = AtomicBool::new(false);
+        // Chains found in order, and chains that were refused: enough of both, and the length did change.
+        let mut walks = [0; 2];
+        let mut longest = 0;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    // The second one reaches past the end of memory.
+                    len.store(512, Ordering::Relaxed);
+                    len.store(0x1_0000, Ordering::Relaxed);
+                }
+            });
+            let until = Instant::now() + Duration::from_secs(30);
+            let mut segments = Segments::default();
+            while walks.iter().any(|&count| count < 5000) && Instant::now() < until {
+                let refused = walk(&ring, 0, &mut segments).is_err();
+                walks[usize::from(refused)] += 1;
+                if !refused {
+                    longest = longest.max(segments.readable[0].iov_len);
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        println!("{} chains found in order, {} refused", walks[0], walks[1]);
+        assert!(walks.iter().all(|&count| count >= 5000), "the length hardly changed: {walks:?}");
+        assert_eq!(longest, 512);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
 use tracing::debug;
+use vssd_pool::sabotage::{Sabotage, active};
 use vssd_pool::{IoError, Lane, Submitted, Vssd, VssdId};
 use vssd_protocol::guest::{self, RequestType};
 
@@ -127,6 +128,9 @@ impl ActiveQueue {
             let taken = u16::try_from(replay.len()).unwrap_or(ring.size());
             ring.set_next_avail(next_used.wrapping_add(taken));
             replay.reverse();
+            if active(Sabotage::DropInFlight) {
+                replay.pop();
+            }
         }
         let idle = Slot { status: std::ptr::null_mut(), data_len: 0, busy: false };
         Self {
