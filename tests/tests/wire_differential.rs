@@ -7,9 +7,11 @@
 //! fails. Not in the trace: chains of which the storage daemon lets go without an answer, or which make it end the connection
 //! (no status byte, a short header, a descriptor of no bytes); `wire_hostile` and `wire_io` have them.
 //!
-//! Ten million requests: `cargo test --release -p vssd-tests --test wire_differential -- --ignored --nocapture`
+//! Ten million requests: `cargo test --release -p vssd-tests --test wire_differential -- --ignored --nocapture`, or as many as
+//! `VSSD_REQUESTS` says.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::env;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::ops::Range;
@@ -27,6 +29,9 @@ use vssd_tests::mock::trace::{DISK, Kind, Step, Trace};
 use vssd_tests::mock::{rng, seed};
 use vssd_tests::scenario::Medium;
 use vssd_tests::scratch::Scratch;
+
+/// Overrides how many requests the long form sends.
+const REQUESTS_ENV: &str = "VSSD_REQUESTS";
 
 /// How often the whole disk is compared.
 const CHECKPOINT: u64 = 10_000;
@@ -306,5 +311,6 @@ fn a_hundred_thousand_requests_give_what_the_storage_daemon_gives() -> Result<()
 #[test]
 #[ignore = "takes half an hour; the module says how to run it"]
 fn ten_million_requests_give_what_the_storage_daemon_gives() -> Result<()> {
-    compare(10_000_000, seed("wire_differential/long"))
+    let requests = env::var(REQUESTS_ENV).map_or(Ok(10_000_000), |text| text.trim().parse())?;
+    compare(requests, seed("wire_differential/long"))
 }
