@@ -160,8 +160,8 @@ fn file_system_magic(file: &File) -> io::Result<u64> {
 }
 
 /// How long a lock may outlive its holder: the kernel tears io_urings down after their process is gone, and
-/// they keep their files open until then.
-const AFTERLIFE: Duration = Duration::from_secs(2);
+/// they keep their files open until then, which takes as long as a busy disk takes to flush.
+const AFTERLIFE: Duration = Duration::from_secs(10);
 
 /// Locks a medium against every other open file description, in this process too; it holds as long as the
 /// description is open and ends with the process, however that ends.
