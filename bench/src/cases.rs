@@ -95,6 +95,8 @@ pub enum Plan {
     },
     /// Shrinking and growing as fast as a driver can.
     ResizeProtocol,
+    /// Shrinking and growing with a guest's own work.
+    ResizeGuest,
 }
 
 #[derive(Clone, Debug)]
@@ -226,6 +228,7 @@ pub fn all() -> Vec<Case> {
     add("scaling", Plan::Scaling);
     add("idle", Plan::Idle);
     add("resize-protocol", Plan::ResizeProtocol);
+    add("resize-guest", Plan::ResizeGuest);
     cases
 }
 

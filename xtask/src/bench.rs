@@ -18,8 +18,11 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let build = ["build", "--quiet", "--release", "--package", "vssd-backend", "--package", "vssd-bench"];
-    show(cargo(&build))?;
+    // What guests need comes from the tests' package.
+    let packages = ["vssd-backend", "vssd-bench", "vssd-tests"];
+    let mut build = cargo(&["build", "--quiet", "--release", "--bins"]);
+    build.args(packages.iter().flat_map(|package| ["--package", package]));
+    show(build)?;
     let target = paths::profile_dir()?.parent().context("a profile folder has a parent")?.to_owned();
     let mut bench = Command::new(target.join("release/vssd-bench"));
     bench.args(&args.args).env(PREBUILT_ENV, "1");

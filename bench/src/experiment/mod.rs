@@ -2,6 +2,7 @@
 //! How each kind of case is carried out.
 
 pub mod first_touch;
+pub mod guest;
 pub mod idle;
 pub mod latency;
 pub mod protocol;
@@ -23,6 +24,7 @@ pub fn run(bench: &mut Bench, case: &Case) -> Result<CaseReport> {
         Plan::Idle => idle::run(bench),
         Plan::LatencyUnderResize { depth } => latency::run(bench, *depth),
         Plan::ResizeProtocol => protocol::run(bench),
+        Plan::ResizeGuest => guest::run(bench),
     }?;
     report.name.clone_from(&case.name);
     report.note_disturbances();

@@ -5,6 +5,7 @@ use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -57,13 +58,18 @@ impl VssdBuild {
         if self == Self::Product {
             return paths::artifact("vssd-backend", "vssd-backend");
         }
+        // Built once, and not while a daemon of it runs.
+        static BUILT: OnceLock<PathBuf> = OnceLock::new();
+        if let Some(program) = BUILT.get() {
+            return Ok(program.clone());
+        }
         let profile = paths::profile_dir()?;
         let target = profile.parent().context("a profile folder has a parent")?.join("identity-map");
         let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.current_dir(paths::repo_root()).args(["build", "--quiet", "--release"]);
         cargo.args(["--package", "vssd-backend", "--features", "vssd-pool/identity-map"]);
         process::run(cargo.arg("--target-dir").arg(&target))?;
-        Ok(target.join("release/vssd-backend"))
+        Ok(BUILT.get_or_init(|| target.join("release/vssd-backend")).clone())
     }
 }
 
