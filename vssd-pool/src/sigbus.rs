@@ -178,7 +178,9 @@ fn page_size(file: &File) -> io::Result<usize> {
     let stat = rustix::fs::fstatfs(file)?;
     let is_huge = u64::try_from(stat.f_type).is_ok_and(|kind| kind == HUGETLBFS_MAGIC);
     let huge = usize::try_from(stat.f_bsize).ok().filter(|size| is_huge && size.is_power_of_two());
-    Ok(huge.unwrap_or_else(rustix::param::page_size))
+    // SAFETY: sysconf has no preconditions. It makes no system call for this, which a sandbox might refuse.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    Ok(huge.or(usize::try_from(page).ok()).unwrap_or(4096))
 }
 
 fn install() {
