@@ -8,7 +8,11 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use vssd_pool::store::fault::{Failure, Sim, Tear};
 
+use vssd_pool::{Class, IoError, MediumKind, Pool};
+
+use crate::common::*;
 use crate::cuts::verify;
+use crate::model::BLOCK;
 use crate::workload::{Kind, Run};
 use crate::{for_seeds, setting};
 
@@ -41,6 +45,79 @@ fn run_with_failure(seed: u64, n: u64, failure: Failure) -> Result<bool, String>
         verify(&Sim::with_images(images), &model, true).map_err(|what| format!("bias {bias}: {what}"))?;
     }
     Ok(has_failed)
+}
+
+#[test]
+fn flush_covers_what_an_earlier_process_answered() {
+    use MediumKind::{Nvram, Ssd};
+    let media: [&[(MediumKind, usize)]; 3] =
+        [&[(Nvram, 2 << 20)], &[(Ssd, 2 << 20)], &[(Nvram, 2 << 20), (Ssd, 2 << 20)]];
+    for media in media {
+        let sim = Sim::new(media);
+        Pool::create_on(&create_options(), &sim.stores()).unwrap();
+        sim.record();
+        for byte in 1..4 {
+            let pool = Pool::open_on(&open_options(false), sim.stores()).unwrap();
+            let mut io = Io::new(&pool);
+            for (name, class) in [("a", Class::Nvram), ("b", Class::Ssd)] {
+                let mut spec = spec(name, 8, 8);
+                spec.attrs.class = class;
+                let vssd = pool.vssd_by_name(name).or_else(|| pool.create_vssd(&spec).ok());
+                let Some(vssd) = vssd else { continue };
+                // Acknowledges what the process before wrote; what this one writes stays unflushed.
+                io.flush(&vssd).unwrap();
+                let mut replay = sim.replay();
+                replay.advance(sim.now());
+                let after = Sim::with_images(replay.crash(Tear::Whole, || false));
+                let survivor = Pool::open_on(&open_options(false), after.stores()).unwrap();
+                if let Some(vssd) = survivor.vssd_by_name(name) {
+                    let held = Io::new(&survivor).read_vec(&vssd, 0, BLOCK).unwrap();
+                    assert!(held.iter().all(|&held| held == byte - 1), "{media:?}: {name} holds {}", held[0]);
+                }
+                io.fill(&vssd, 0, BLOCK, byte).unwrap();
+            }
+            sim.set_power(false);
+            drop((io, pool));
+            sim.set_power(true);
+        }
+    }
+}
+
+#[test]
+fn flush_after_one_that_failed_is_never_acknowledged() {
+    use MediumKind::{Nvram, Ssd};
+    let mut refused = 0;
+    for media in [&[(Nvram, 2 << 20)][..], &[(Ssd, 2 << 20)], &[(Nvram, 2 << 20), (Ssd, 2 << 20)]] {
+        // The n-th operation of a flush: of each medium, and of the journal.
+        for n in 0..4 {
+            let sim = Sim::new(media);
+            Pool::create_on(&create_options(), &sim.stores()).unwrap();
+            let pool = Pool::open_on(&open_options(false), sim.stores()).unwrap();
+            let (a, b) =
+                (pool.create_vssd(&spec("a", 8, 8)).unwrap(), pool.create_vssd(&spec("b", 8, 8)).unwrap());
+            let (mut io, mut other) = (Io::new(&pool), Io::new(&pool));
+            io.fill(&a, 0, BLOCK, 1).unwrap();
+            other.fill(&b, 0, BLOCK, 2).unwrap();
+            sim.fail_at(n, Failure::Errno(libc::EIO));
+            let flushed = io.flush(&a);
+            if sim.will_fail() {
+                assert_eq!(flushed, Ok(()));
+                continue;
+            }
+            assert_eq!(flushed, Err(IoError::Io(libc::EIO)), "operation {n} on {media:?}");
+            for _ in 0..3 {
+                assert!(io.flush(&a).is_err() && other.flush(&b).is_err());
+                assert!(io.fill(&a, 0, 512, 3).is_err() && other.discard(&b, 0, BLOCK).is_err());
+                refused += 4;
+            }
+            // What is there can be read.
+            assert_eq!(io.read_vec(&a, 0, 1024).unwrap(), [1; 1024]);
+            assert_eq!(other.read_vec(&b, 0, 1024).unwrap(), [2; 1024]);
+            assert!(pool.checkpoint().is_err() && pool.create_vssd(&spec("c", 1, 1)).is_err());
+        }
+    }
+    println!("{refused} requests refused after a failed flush");
+    assert!(refused >= 36);
 }
 
 #[test]

@@ -83,6 +83,8 @@ pub(crate) struct Run {
     io: Option<Io>,
     rng: StdRng,
     next_tag: Tag,
+    /// A guest that meets a new daemon often flushes first.
+    flushes_next: bool,
     pub(crate) steps: Vec<Step>,
 }
 
@@ -97,6 +99,7 @@ impl Run {
             io: None,
             rng: StdRng::seed_from_u64(seed),
             next_tag: 1,
+            flushes_next: false,
             steps: Vec::new(),
         };
         assert!(run.open(), "the new pool opens");
@@ -140,6 +143,12 @@ impl Run {
             assert!(self.open() || may_fail, "opening again works");
             return (Kind::Recovery, Action::Other, true);
         };
+        let disk = NAMES.into_iter().rev().find_map(|name| Some((name, pool.vssd_by_name(name)?)));
+        if std::mem::take(&mut self.flushes_next)
+            && let Some((name, vssd)) = disk
+        {
+            return (Kind::Flush, Action::Flush { name }, self.io().flush(&vssd).is_ok());
+        }
         match self.rng.random_range(0..100) {
             0..3 => {
                 let certain = pool.checkpoint().is_ok();
@@ -160,6 +169,7 @@ impl Run {
                 drop(pool);
                 self.vanish();
                 self.open();
+                self.flushes_next = true;
                 return (Kind::Recovery, Action::Other, true);
             }
             _ => {}
