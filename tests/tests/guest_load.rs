@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Verified I/O in a guest while its disk shrinks and grows and while its daemon is killed.
+//! Verified I/O in a guest while its disk shrinks and grows and while its daemon is killed; and how long it takes a guest to
+//! give up and take back a large disk.
 
+use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use serde_json::json;
 use vssd_tests::agent::Job;
+use vssd_tests::backend::{Backend, control_socket, device_socket, pool_command};
 use vssd_tests::guest::Guest;
 use vssd_tests::image::ImageBuilder;
 use vssd_tests::kernel::Kernel;
+use vssd_tests::mock::operator::Operator;
 use vssd_tests::paths;
 use vssd_tests::qemu::{Qemu, QemuBinary, VhostUserDisk};
 use vssd_tests::scenario::{self, Disk, Medium, PoolHost, blocks};
@@ -136,4 +141,49 @@ fn killing_the_daemon_under_load_costs_no_request_and_no_byte() -> Result<()> {
     guest.expect_quiet_kernel()?;
     guest.power_off()?;
     host.finish()
+}
+
+/// Nine tenths of a disk go and come back, by messages of many ranges.
+#[test]
+fn a_guest_gives_32_gib_up_and_takes_them_back_in_less_than_a_second_each() -> Result<()> {
+    const GIB: u64 = 1 << 30;
+    const ROUNDS: usize = 5;
+    let _slot = guest_slot()?;
+    let scratch = Scratch::new()?;
+    let (pool, runtime) = (scratch.join("pool"), scratch.join("run"));
+    // Made beforehand, so that it takes no more memory than what is written to it.
+    File::create(&pool)?.set_len(35 * GIB)?;
+    pool_command(&["create", "--nvram", &pool.to_string_lossy()])?;
+    let mut daemon = Backend::pool(&[&pool], &runtime, &scratch.join("log"))?.started()?;
+    let mut operator = Operator::connect(&control_socket(&runtime))?;
+    operator.create(NAME, 33 * GIB, &json!({}))?;
+    let image = scenario::image(&Kernel::debian()?)?;
+    let socket = device_socket(&runtime, NAME);
+    let mut guest = Qemu::new(QemuBinary::debian()?, &image).disk(VhostUserDisk::new(&socket)).boot()?;
+    let disk = scenario::bind(&mut guest, 0)?;
+    let sent = |guest: &mut Guest| scenario::number(&disk.status(guest)?, "messages");
+    let (mut times, mut messages) = ([vec![], vec![]], [0, 0]);
+    for _ in 0..ROUNDS {
+        for (way, size) in [GIB, 33 * GIB].into_iter().enumerate() {
+            let before = sent(&mut guest)?;
+            let started = Instant::now();
+            let job = operator.resize(NAME, size, &json!({}))?;
+            let job = operator.finish(job.id)?;
+            times[way].push(started.elapsed());
+            ensure!(job.error.is_none() && job.plugged_bytes == size, "{job:?}");
+            messages[way] = sent(&mut guest)? - before;
+        }
+    }
+    for (times, (way, messages)) in times.iter_mut().zip([("shrink", messages[0]), ("grow", messages[1])]) {
+        times.sort_unstable();
+        let median = times[ROUNDS / 2];
+        println!(
+            "PASS {way} by 32 GiB … {median:.1?} in {messages} messages, median of {ROUNDS}: {times:.1?}"
+        );
+        ensure!(median < Duration::from_secs(1), "{way} took {median:?}");
+    }
+    guest.expect_quiet_kernel()?;
+    guest.power_off()?;
+    ensure!(daemon.terminate()?.success());
+    daemon.expect_no_panic()
 }
