@@ -4,7 +4,9 @@
 //! Orchestration only. What a guest, a daemon or a package is, `vssd-tests` knows.
 
 mod bench;
+mod fuzz;
 mod guest;
+mod model;
 mod stages;
 mod test;
 
@@ -37,6 +39,10 @@ enum Command {
     Bench(bench::Args),
     /// Boot a guest by hand.
     Guest(guest::Args),
+    /// Run the fuzz targets on the kept corpus, or look at one input.
+    Fuzz(fuzz::Args),
+    /// Walk every order of events in the negotiation.
+    Model(model::Args),
     /// Build the guest driver for every kernel.
     Module,
 }
@@ -62,6 +68,8 @@ fn run(command: &Command) -> Result<()> {
         Command::Test(args) => test::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Guest(args) => guest::run(args),
+        Command::Fuzz(args) => fuzz::run(args),
+        Command::Model(args) => model::run(args),
         Command::Module => {
             vssd_tests::setup::ensure()?;
             stages::build_modules()

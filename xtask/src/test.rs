@@ -6,6 +6,7 @@ use vssd_tests::paths::PREBUILT_ENV;
 use vssd_tests::setup;
 
 use crate::stages::{self, Stages, cargo, show};
+use crate::{fuzz, model};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -42,13 +43,20 @@ fn run_stages(args: &Args, stages: &mut Stages) -> Result<()> {
     stages.run("build", || stages::build_binaries(&["--quiet"]))?;
     if args.scenario.is_none() {
         stages.run("unit tests", || {
-            show(cargo(&["test", "--quiet", "--workspace", "--exclude", "vssd-tests"]))?;
+            let others = ["--exclude", "vssd-tests", "--exclude", "vssd-model"];
+            let mut units = cargo(&["test", "--quiet", "--workspace"]);
+            units.args(others);
+            show(units)?;
             show(cargo(&["test", "--quiet", "--package", "vssd-tests", "--lib", "--bins"]))?;
             show(cargo(&["test", "--quiet", "--package", "vssd-tests", "--doc"]))
         })?;
+        stages.run("model of the negotiation", || model::run(&model::Args::default()))?;
     }
     if args.quick {
         return Ok(());
+    }
+    if args.scenario.is_none() {
+        stages.run("fuzz targets", || fuzz::run(&fuzz::Args::default()))?;
     }
     stages.run("guest driver, every kernel", stages::build_modules)?;
     stages.run("guest scenarios", || {

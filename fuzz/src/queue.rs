@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One queue over memory that the fuzzer has written, served in this thread, and what must hold afterwards.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::sync::{Arc, Mutex, OnceLock};
+
+use vssd_backend::device::request::Limits;
+use vssd_backend::device::{DeviceEvent, ReplySink};
+use vssd_backend::vhost_user::inflight::InflightQueue;
+use vssd_backend::vhost_user::queue::{ActiveQueue, DeviceContext, QueueStart, split_token};
+use vssd_backend::vhost_user::ring::{Ring, RingSpec};
+use vssd_pool::store::Store;
+use vssd_pool::{Lane, Pool};
+
+use crate::{device, event, guest_memory, medium, open, read, vssd};
+
+/// Guest memory; behind it lies a page that is no guest's.
+pub const MEMORY: usize = 64 << 10;
+const GUARD: usize = 4096;
+pub const SIZE: u16 = 16;
+pub const DESC: u64 = 0;
+pub const AVAIL: u64 = 0x400;
+pub const USED: u64 = 0x600;
+/// From here on: tables, headers, buffers.
+pub const FREE: usize = 0x800;
+const F_WRITE: u16 = 2;
+const F_INDIRECT: u16 = 4;
+
+struct Backend {
+    pool: Arc<Pool>,
+    device: Arc<DeviceContext>,
+    events: Mutex<std::sync::mpsc::Receiver<DeviceEvent>>,
+}
+
+fn backend() -> &'static Backend {
+    static BACKEND: OnceLock<Backend> = OnceLock::new();
+    BACKEND.get_or_init(|| {
+        let pool = open(medium(64) as Arc<dyn Store>, true).unwrap();
+        let (device, events) = device(vssd(&pool, "one", 32));
+        Backend { pool, device, events: Mutex::new(events) }
+    })
+}
+
+/// The owner's answers come to the queue at once.
+#[derive(Default)]
+struct Sink(Mutex<Vec<(u64, Vec<u8>)>>);
+
+impl ReplySink for Sink {
+    fn complete(&self, ticket: u64, response: Vec<u8>) {
+        self.0.lock().unwrap().push((ticket, response));
+    }
+}
+
+fn u16_at(memory: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([memory[at], memory[at + 1]])
+}
+
+/// Bytes that a driver offered to be written in any descriptor, chained or not.
+fn offered(memory: &[u8]) -> Vec<bool> {
+    let mut may = vec![false; memory.len()];
+    let mut offer = |bytes: &[u8]| -> Option<(usize, usize)> {
+        let addr = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().ok()?)).ok()?;
+        let len = u32::from_le_bytes(bytes[8..12].try_into().ok()?) as usize;
+        let flags = u16_at(bytes, 12);
+        let end = addr.checked_add(len)?.min(MEMORY);
+        if flags & F_WRITE != 0 && addr < end {
+            may[addr..end].fill(true);
+        }
+        (flags & F_INDIRECT != 0 && addr < MEMORY).then_some((addr, end))
+    };
+    for n in 0..usize::from(SIZE) {
+        let at = DESC as usize + 16 * n;
+        let table = offer(&memory[at..at + 16]);
+        // A chain takes no more of a table than the queue is long, but it may begin its steps anywhere.
+        if let Some((addr, end)) = table {
+            for entry in memory[addr..end].chunks_exact(16) {
+                offer(entry);
+            }
+        }
+    }
+    let used = USED as usize;
+    may[used..used + 6 + 8 * usize::from(SIZE)].fill(true);
+    may
+}
+
+/// Serves what the driver made available in `memory`, and looks at every byte afterwards.
+pub fn serve(memory: &[u8], inflight: Option<InflightQueue>, event_idx: bool, next_avail: u16) {
+    let backend = backend();
+    let file: File = crate::memory_file(memory, MEMORY + GUARD);
+    crate::write(&file, MEMORY as u64, &[0xa5; GUARD]);
+    let before = read(&file, 0, MEMORY);
+    let used_before = u16_at(&before, USED as usize + 2);
+    let spec = RingSpec { size: SIZE, desc: DESC, avail: AVAIL, used: USED, event_idx, next_avail };
+    let replays = inflight.is_some();
+    let ring = Ring::new(spec, guest_memory(&file, MEMORY), inflight).unwrap();
+    let limits = Limits { total_bytes: 0, read_only: false, discard: true, write_zeroes: true };
+    let mut queue = ActiveQueue::new(QueueStart {
+        key: 7,
+        device: Arc::clone(&backend.device),
+        limits,
+        ring,
+        kick: event(),
+        call: Some(event()),
+    });
+    // Its io_uring belongs to the thread; to make one takes longer than all the rest.
+    thread_local!(static LANE: RefCell<Lane> = RefCell::new(self::backend().pool.lane().unwrap()));
+    LANE.with_borrow_mut(|lane| run(&mut queue, lane));
+    let (done, stopped) = std::sync::mpsc::channel();
+    queue.stop(done);
+    assert!(queue.finish_stop(), "a request was never answered");
+    let end = stopped.recv().unwrap().next_avail;
+    drop(queue);
+
+    let after = read(&file, 0, MEMORY + GUARD);
+    assert!(after[MEMORY..].iter().all(|byte| *byte == 0xa5), "written past guest memory");
+    let may = offered(&before);
+    // A buffer may lie over a table: then what is written there offers more, which is the driver's own doing.
+    let self_made =
+        may[..FREE].iter().take(AVAIL as usize).any(|byte| *byte) || overlaps_table(&before, &may);
+    if !self_made {
+        for at in (0..MEMORY).filter(|at| !may[*at]) {
+            assert_eq!(before[at], after[at], "byte {at:#x} was written, which nobody offered");
+        }
+    }
+    let used = u16_at(&after, USED as usize + 2).wrapping_sub(used_before);
+    let taken = end.wrapping_sub(next_avail);
+    if !replays && !may[USED as usize - 1] && !self_made {
+        assert!(used <= taken, "{used} answers to {taken} requests");
+    }
+}
+
+/// Turns until nothing is left to do.
+fn run(queue: &mut ActiveQueue, lane: &mut Lane) {
+    let events = backend().events.lock().unwrap();
+    let answers = Arc::new(Sink::default());
+    let sink: Arc<dyn ReplySink> = Arc::clone(&answers) as Arc<dyn ReplySink>;
+    let mut turns = 0;
+    loop {
+        let more = queue.process(lane, &sink, true);
+        turns += 1;
+        assert!(turns < 64, "a queue of {SIZE} is never done");
+        lane.drain(&mut |token, result| queue.complete(split_token(token).1, result));
+        for event in events.try_iter() {
+            let DeviceEvent::Guest(call) = event else { continue };
+            // As much as the driver has room for, and a byte more now and then: the queue must not write it.
+            let room = call.response_room + usize::from(turns % 2 == 0);
+            call.reply.send(vec![0x5a; room.min(1 << 16)]);
+        }
+        for (ticket, response) in std::mem::take(&mut *answers.0.lock().unwrap()) {
+            queue.reply(split_token(ticket).1, &response);
+        }
+        queue.flush_used();
+        if !more {
+            break;
+        }
+    }
+}
+
+fn overlaps_table(memory: &[u8], may: &[bool]) -> bool {
+    (0..usize::from(SIZE)).any(|n| {
+        let at = DESC as usize + 16 * n;
+        let flags = u16_at(memory, at + 12);
+        let addr = u64::from_le_bytes(memory[at..at + 8].try_into().unwrap());
+        let len = u64::from(u32::from_le_bytes(memory[at + 8..at + 12].try_into().unwrap()));
+        let range = addr.min(MEMORY as u64) as usize..addr.saturating_add(len).min(MEMORY as u64) as usize;
+        flags & F_INDIRECT != 0 && may[range].iter().any(|byte| *byte)
+    })
+}
