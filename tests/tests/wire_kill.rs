@@ -58,7 +58,8 @@ impl Stalls {
         println!("{what}: stall of {} kills: p50 {p50:.1?}, p99 {p99:.1?}, max {max:.1?}", self.0.len());
         let bound = if self.0.len() >= ENOUGH { p99 } else { p50 };
         ensure!(bound <= Duration::from_secs(1), "{what}: I/O stood still for {bound:?}");
-        ensure!(max <= Duration::from_secs(5), "{what}: I/O stood still for {max:?} once");
+        // The kernel lets go of a dead daemon's files only when the disk has done what it was doing for it.
+        ensure!(max <= Duration::from_secs(15), "{what}: I/O stood still for {max:?} once");
         Ok(())
     }
 }
