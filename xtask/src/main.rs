@@ -7,6 +7,7 @@ mod bench;
 mod fuzz;
 mod guest;
 mod model;
+mod sabotage;
 mod stages;
 mod test;
 
@@ -43,6 +44,8 @@ enum Command {
     Fuzz(fuzz::Args),
     /// Walk every order of events in the negotiation.
     Model(model::Args),
+    /// Break the pool and the daemon on purpose and see that the tests notice.
+    Sabotage,
     /// Build the guest driver for every kernel.
     Module,
 }
@@ -70,6 +73,7 @@ fn run(command: &Command) -> Result<()> {
         Command::Guest(args) => guest::run(args),
         Command::Fuzz(args) => fuzz::run(args),
         Command::Model(args) => model::run(args),
+        Command::Sabotage => sabotage::run(),
         Command::Module => {
             vssd_tests::setup::ensure()?;
             stages::build_modules()

@@ -6,7 +6,7 @@ use vssd_tests::paths::PREBUILT_ENV;
 use vssd_tests::setup;
 
 use crate::stages::{self, Stages, cargo, show};
-use crate::{fuzz, model};
+use crate::{fuzz, model, sabotage};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -57,6 +57,7 @@ fn run_stages(args: &Args, stages: &mut Stages) -> Result<()> {
     }
     if args.scenario.is_none() {
         stages.run("fuzz targets", || fuzz::run(&fuzz::Args::default()))?;
+        stages.run("sabotage", sabotage::run)?;
     }
     stages.run("guest driver, every kernel", stages::build_modules)?;
     stages.run("guest scenarios", || {
