@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -31,6 +32,23 @@ impl Medium {
     }
 }
 
+/// Folders are named after this and the process that made them.
+const PREFIX: &str = "vb-";
+
+/// Removes what runs left behind that were killed: gigabytes, in memory.
+fn sweep(base: &Path) -> Result<()> {
+    for entry in fs::read_dir(base)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split_once('-')?.0.parse().ok());
+        if owner.is_some_and(|owner: u32| !Path::new(&format!("/proc/{owner}")).exists()) {
+            // Another run may be sweeping too.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    Ok(())
+}
+
 /// Where files are made. Everything in it goes with this value.
 #[derive(Debug)]
 pub struct Media {
@@ -43,8 +61,10 @@ impl Media {
     pub fn new(ssd_dir: &Path) -> Result<Self> {
         let make = |base: &Path| {
             fs::create_dir_all(base).with_context(|| format!("make {}", base.display()))?;
+            sweep(base)?;
             // Sockets lie in it too, and their paths may have 107 bytes.
-            let dir = tempfile::Builder::new().prefix("vb-").tempdir_in(base);
+            let prefix = format!("{PREFIX}{}-", process::id());
+            let dir = tempfile::Builder::new().prefix(&prefix).tempdir_in(base);
             dir.with_context(|| format!("make a folder in {}", base.display()))
         };
         let media = Self { nvram: make(Path::new("/dev/shm"))?, ssd: make(ssd_dir)? };
@@ -107,5 +127,25 @@ impl Media {
     /// The size of a pool's file for vSSDs of `span` bytes in all.
     pub fn pool_bytes(span: u64) -> u64 {
         span + span / 32 + POOL_OVERHEAD
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_a_dead_run_left_behind_is_swept() {
+        let base = tempfile::tempdir().unwrap();
+        let mine = format!("{PREFIX}{}-a", process::id());
+        // Beyond the largest process id of Linux.
+        let dead = format!("{PREFIX}{}-b", 1 << 23);
+        for name in [mine.as_str(), dead.as_str(), "other-1-c", "vb-x"] {
+            fs::create_dir(base.path().join(name)).unwrap();
+        }
+        sweep(base.path()).unwrap();
+        let left = |name: &str| base.path().join(name).exists();
+        assert!(left(&mine) && left("other-1-c") && left("vb-x"));
+        assert!(!left(&dead));
     }
 }
