@@ -3,7 +3,7 @@
 //! The negotiation in every order of events, within the bounds of each scene below; and proof that the checker sees what it is for.
 //!
 //! `cargo xtask model` walks the scenes of [`short`] to their ends. `cargo xtask model --long` walks those of [`long`] as well, each up
-//! to `VSSD_MODEL_STEPS` steps (40 million unless told otherwise; about 10 GB of memory). The search is exhaustive and knows no seed: a failure prints the shortest story that leads to it.
+//! to `VSSD_MODEL_STEPS` steps (40 million unless told otherwise; about 11 GB of memory). The search is exhaustive and knows no seed: a failure prints the shortest story that leads to it.
 
 use std::env;
 use std::thread;
