@@ -18,7 +18,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Once};
 
 /// Watched mappings at a time. The table takes memory only as far as it is used.
@@ -64,20 +64,22 @@ struct Slot {
     /// One past the last byte; 0 in a free slot.
     end: AtomicUsize,
     page: AtomicUsize,
-    protection: AtomicUsize,
+    protection: AtomicI32,
     bell: AtomicPtr<Bell>,
 }
 
 impl Slot {
-    const FREE: Self = Self {
-        owned: AtomicBool::new(false),
-        sequence: AtomicU32::new(0),
-        start: AtomicUsize::new(0),
-        end: AtomicUsize::new(0),
-        page: AtomicUsize::new(0),
-        protection: AtomicUsize::new(0),
-        bell: AtomicPtr::new(ptr::null_mut()),
-    };
+    const fn free() -> Self {
+        Self {
+            owned: AtomicBool::new(false),
+            sequence: AtomicU32::new(0),
+            start: AtomicUsize::new(0),
+            end: AtomicUsize::new(0),
+            page: AtomicUsize::new(0),
+            protection: AtomicI32::new(0),
+            bell: AtomicPtr::new(ptr::null_mut()),
+        }
+    }
 
     fn set(&self, mapping: &Found) {
         let sequence = self.sequence.load(Ordering::Relaxed);
@@ -86,7 +88,7 @@ impl Slot {
         self.start.store(mapping.start, Ordering::Relaxed);
         self.end.store(mapping.end, Ordering::Relaxed);
         self.page.store(mapping.page, Ordering::Relaxed);
-        self.protection.store(mapping.protection as usize, Ordering::Relaxed);
+        self.protection.store(mapping.protection, Ordering::Relaxed);
         self.bell.store(mapping.bell.cast_mut(), Ordering::Relaxed);
         self.sequence.store(sequence.wrapping_add(2), Ordering::Release);
     }
@@ -98,8 +100,7 @@ impl Slot {
             start: self.start.load(Ordering::Relaxed),
             end: self.end.load(Ordering::Relaxed),
             page: self.page.load(Ordering::Relaxed),
-            // Exact: it was a c_int.
-            protection: self.protection.load(Ordering::Relaxed) as libc::c_int,
+            protection: self.protection.load(Ordering::Relaxed),
             bell: self.bell.load(Ordering::Relaxed).cast_const(),
         };
         fence(Ordering::Acquire);
@@ -120,7 +121,7 @@ impl Found {
     const NONE: Self = Self { start: 0, end: 0, page: 1, protection: 0, bell: ptr::null() };
 }
 
-static TABLE: [Slot; SLOTS] = [Slot::FREE; SLOTS];
+static TABLE: [Slot; SLOTS] = [const { Slot::free() }; SLOTS];
 /// One past the highest slot that was ever used.
 static USED: AtomicUsize = AtomicUsize::new(0);
 
