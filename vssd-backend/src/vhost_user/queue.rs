@@ -169,12 +169,39 @@ impl ActiveQueue {
         self.ring.set_log(log);
     }
 
-    /// Goes on with another memory table; requests in flight end in the old one.
+    /// Goes on with another memory table. Requests under way end in the old one. Those that wait for the owner may wait for
+    /// ever, and a front-end may change its memory as often: they are found anew, so that no table is kept for them.
     pub fn set_memory(&mut self, mem: Arc<GuestMemory>) -> Result<(), RingError> {
-        if self.in_flight > 0 {
-            self.retired.push(Arc::clone(self.ring.memory()));
+        let old = Arc::clone(self.ring.memory());
+        let moved = self.ring.set_memory(mem);
+        if moved.is_ok() {
+            self.find_responses_anew();
         }
-        self.ring.set_memory(mem)
+        // Waiting for the owner alone holds no table, unless the ring is not in the new one.
+        if moved.is_err() || self.in_flight as usize > self.responses.len() {
+            self.retired.push(old);
+        }
+        moved
+    }
+
+    /// Where the guest-channel requests under way are to be answered in the memory table of now. One whose chain is not in it
+    /// any more is given back empty.
+    fn find_responses_anew(&mut self) {
+        let heads: Vec<u16> = self.responses.keys().copied().collect();
+        for head in heads {
+            let found = chain::walk(&self.ring, head, &mut self.segments).ok();
+            match found.and_then(|()| self.segments.take_status()) {
+                Some(status) => {
+                    self.slots[usize::from(head)].status = status;
+                    self.responses.insert(head, self.segments.writable.clone());
+                }
+                None => {
+                    self.responses.remove(&head);
+                    self.release(head);
+                    self.ring.push_used(head, 0);
+                }
+            }
+        }
     }
 
     /// Takes no more chains; `done` hears where the queue stands once every chain taken is answered.
@@ -413,7 +440,9 @@ impl ActiveQueue {
     }
 
     fn drop_retired(&mut self) {
-        if self.in_flight == 0 {
+        // Requests that wait for the owner were found anew in the table of now, except where the queue had to stop.
+        let waiting = if self.stop.is_none() { self.responses.len() } else { 0 };
+        if self.in_flight as usize <= waiting {
             self.retired.clear();
         }
     }
