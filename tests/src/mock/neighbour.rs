@@ -18,7 +18,7 @@ const SIZE: u64 = 32 * MIB;
 const TIMED: u64 = MIB;
 const TIMED_LEN: usize = 4096;
 /// Percentiles are taken of windows this long.
-const WINDOW: Duration = Duration::from_millis(250);
+const WINDOW: Duration = Duration::from_millis(100);
 
 type Times = Arc<Mutex<Vec<(Instant, Duration)>>>;
 
