@@ -81,6 +81,9 @@ static void vssd_reset_backoff(struct vssd *vssd)
  */
 void vssd_adopt(struct vssd *vssd, const struct vssd_news *news)
 {
+	/* Answers can overtake each other: an older one would bring an old target back. */
+	if (news->seq < vssd->seq_heard)
+		return;
 	if (news->plugged != vssd->blocks.total - vssd->blocks.nr_evicted)
 		set_bit(VSSD_F_RESYNC, &vssd->flags);
 	if (news->seq > vssd->seq_heard)
