@@ -96,6 +96,16 @@ impl Backend {
         self
     }
 
+    /// Notes every system call of the daemon in `file`, with `strace`.
+    pub fn traced(mut self, file: &Path) -> Result<Self> {
+        let daemon = std::mem::replace(&mut self.program, paths::tool("strace")?);
+        // With -D the tracer is the grandchild, and the process that is waited for and signalled is the daemon.
+        let file = file.to_string_lossy().into_owned();
+        let tracer = ["-D", "-f", "-qq", "-o", &file, &daemon.to_string_lossy()].map(str::to_owned);
+        self.args.splice(0..0, tracer);
+        Ok(self)
+    }
+
     /// Adds arguments.
     #[must_use]
     pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {

@@ -26,6 +26,7 @@ const NEEDS: &[Need] = &[
     need("qemu-system-x86", "qemu-system-x86_64"),
     need("qemu-system-common", "qemu-storage-daemon"),
     need("fio", "fio"),
+    need("strace", "strace"),
     need("e2fsprogs", "mkfs.ext4"),
     need("xfsprogs", "mkfs.xfs"),
     need("kmod", "depmod"),

@@ -136,6 +136,9 @@ pub struct ServeArgs {
     /// How long a thread may look for work before it sleeps, in microseconds; adapts to the load, 0 means never
     #[arg(long, value_name = "MICROSECONDS")]
     pub poll_us: Option<u16>,
+    /// Give up what the daemon does not need once it serves; off for debuggers [default: on]
+    #[arg(long, value_enum, value_name = "ON|OFF")]
+    pub sandbox: Option<Switch>,
     #[arg(long, value_enum)]
     pub log_format: Option<LogFormat>,
     /// error, warn, info, debug or trace, or a filter such as vssd_pool=debug
@@ -156,6 +159,14 @@ pub enum LogFormat {
     #[default]
     Text,
     Json,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Switch {
+    #[default]
+    On,
+    Off,
 }
 
 /// The configuration file.
@@ -184,6 +195,7 @@ struct ServerSection {
     workers: Option<NonZeroUsize>,
     queues: Option<u16>,
     poll_us: Option<u16>,
+    sandbox: Option<Switch>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -228,6 +240,7 @@ pub struct Config {
     pub queues: u16,
     pub polling: Duration,
     pub read_only: bool,
+    pub sandbox: bool,
     pub log_format: LogFormat,
     pub log_level: String,
 }
@@ -307,6 +320,7 @@ impl ServeArgs {
                 self.poll_us.or(file.server.poll_us).unwrap_or(DEFAULT_POLL_US).into(),
             ),
             read_only: self.read_only || file.pool.read_only,
+            sandbox: self.sandbox.or(file.server.sandbox).unwrap_or_default() == Switch::On,
             log_format: self.log_format.or(file.log.format).unwrap_or_default(),
             log_level: self.log_level.or(file.log.level).unwrap_or_else(|| "info".to_owned()),
         })
@@ -357,6 +371,8 @@ mod tests {
         let path = path.to_str().unwrap();
         let config = resolve(&["--config", path, "--queues=8"]).unwrap();
         assert_eq!(config.queues, 8);
+        assert!(config.sandbox, "on by default");
+        assert!(!resolve(&["--config", path, "--sandbox=off"]).unwrap().sandbox);
         assert_eq!(config.control_socket, Some(PathBuf::from("/r/control.sock")));
         std::fs::write(path, "[pool]\nmediums = []\n").unwrap();
         let error =

@@ -6,7 +6,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
@@ -20,11 +20,18 @@ use vssd_protocol::units::{BlockSize, ByteCount};
 use crate::config::{Config, MediumArg, Serve, Single, SingleSocket};
 use crate::control::{Server, ServerOptions};
 use crate::device::OwnerHandle;
+use crate::sandbox::{self, Files, WorkerFilter};
 use crate::vhost_user::frontends::{FrontendOptions, SocketSource, VhostUserFrontends, bind};
 use crate::vhost_user::worker::Workers;
 
 /// Serves until SIGTERM or SIGINT. A second signal ends the process at once.
 pub fn run(config: &Config) -> Result<()> {
+    let group = config.socket_group.as_deref().map(group_id).transpose()?;
+    // Threads inherit it: before the first.
+    let files = files(config)?;
+    if config.sandbox {
+        sandbox::prepare(&files).context("cannot confine the daemon; --sandbox=off does without")?;
+    }
     let shutdown =
         eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")?;
     end_on_signals(shutdown.try_clone()?)?;
@@ -36,19 +43,15 @@ pub fn run(config: &Config) -> Result<()> {
     let options = FrontendOptions {
         source,
         mode: 0o660,
-        group: config.socket_group.as_deref().map(group_id).transpose()?,
+        group,
         queues: config.queues,
         read_only: config.read_only,
         logical_block_size: pool.info().logical_block_bytes,
     };
-    let group = options.group;
     let finished = Some(shutdown.try_clone()?);
     let frontends = VhostUserFrontends::new(options, workers.handles(), owner, finished);
 
     let listen = |path: &Path, mode, group| {
-        if let Some(dir) = path.parent() {
-            fs::create_dir_all(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
-        }
         bind(path, mode, group).with_context(|| format!("cannot listen on {}", path.display()))
     };
     let control = config.control_socket.as_deref().map(|path| listen(path, 0o660, group)).transpose()?;
@@ -63,6 +66,10 @@ pub fn run(config: &Config) -> Result<()> {
         shutdown,
     })
     .context("cannot start serving")?;
+    if config.sandbox {
+        let confined = sandbox::confine().and_then(|()| workers.confine(&WorkerFilter::new()?));
+        confined.context("cannot confine the daemon; --sandbox=off does without")?;
+    }
     let ended = server.run().context("the control loop failed");
 
     info!("ending: no vSSD is served any more");
@@ -74,12 +81,40 @@ pub fn run(config: &Config) -> Result<()> {
     ended
 }
 
+/// What is to be opened or made from now on. Makes the folders of sockets that are missing.
+fn files(config: &Config) -> Result<Files> {
+    let mut files = Files::default();
+    match &config.serve {
+        Serve::Pool { media, device_dir } => {
+            files.media.clone_from(media);
+            files.sockets.push(device_dir.clone());
+        }
+        Serve::Single(single) => {
+            let file = &single.file;
+            files.media.push(if file.exists() { file.clone() } else { folder(file) });
+            if let SingleSocket::Path(path) = &single.socket {
+                files.sockets.push(folder(path));
+            }
+        }
+    }
+    let sockets = [&config.control_socket, &config.monitor_socket];
+    files.sockets.extend(sockets.into_iter().flatten().map(|path| folder(path)));
+    for dir in &files.sockets {
+        fs::create_dir_all(dir).with_context(|| format!("cannot make the folder {}", dir.display()))?;
+    }
+    Ok(files)
+}
+
+/// The folder that a file is in.
+fn folder(path: &Path) -> PathBuf {
+    let parent = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+    parent.unwrap_or(Path::new(".")).to_owned()
+}
+
 /// Opens the pool and decides where its vSSDs' sockets are.
 fn open(config: &Config) -> Result<(Arc<Pool>, SocketSource)> {
     match &config.serve {
         Serve::Pool { media, device_dir } => {
-            fs::create_dir_all(device_dir)
-                .with_context(|| format!("cannot make the folder {}", device_dir.display()))?;
             let mut options = OpenOptions::new(media);
             options.read_only = config.read_only;
             let pool = Pool::open(&options).with_context(|| {

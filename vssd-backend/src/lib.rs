@@ -9,6 +9,7 @@
 //!
 //! * [`vhost_user`] alone knows vhost and virtio types, eventfds and guest memory.
 //! * [`device`] is a block device in plain words: requests, segments, events.
+//! * [`sandbox`] takes away from the process what it does not need for this.
 //! * [`control`] alone knows the control sockets and decides about sizes.
 
 pub mod config;
@@ -17,4 +18,5 @@ pub mod daemon;
 pub mod device;
 pub mod peer;
 pub mod pool_command;
+pub mod sandbox;
 pub mod vhost_user;

@@ -30,6 +30,7 @@ use super::memory::GuestMemory;
 use super::poller::Poller;
 use super::queue::{ActiveQueue, QueueStart, Stopped, split_token};
 use crate::device::ReplySink;
+use crate::sandbox::{SandboxError, WorkerFilter};
 
 const MAILBOX: u64 = u64::MAX;
 const LANE: u64 = u64::MAX - 1;
@@ -44,6 +45,7 @@ enum Command {
     SetLog { key: u32, log: Option<QueueLog>, done: mpsc::Sender<()> },
     SetCall { key: u32, call: Option<OwnedFd> },
     Reply { ticket: u64, response: Vec<u8> },
+    Confine { filter: WorkerFilter, done: mpsc::Sender<Result<(), SandboxError>> },
     Exit,
 }
 
@@ -186,6 +188,16 @@ impl Workers {
         Ok(workers)
     }
 
+    /// Makes every worker give up the calls that `filter` does not allow.
+    pub fn confine(&self, filter: &WorkerFilter) -> Result<(), SandboxError> {
+        let (done, outcomes) = mpsc::channel();
+        for handle in &self.handles {
+            handle.mailbox.post(Command::Confine { filter: filter.clone(), done: done.clone() });
+        }
+        drop(done);
+        outcomes.into_iter().collect()
+    }
+
     pub fn handles(&self) -> &[WorkerHandle] {
         &self.handles
     }
@@ -246,7 +258,9 @@ const ROUNDS_WITHOUT_EPOLL: u32 = 16;
 
 impl Worker {
     fn new(pool: &Arc<Pool>, mailbox: Arc<Mailbox>, polling: Duration) -> io::Result<Self> {
-        let lane = pool.lane().map_err(io::Error::other)?;
+        let mut lane = pool.lane().map_err(io::Error::other)?;
+        // Now: a confined thread cannot make one. Why it fails is logged there, and requests will fail for it.
+        let _ = lane.make_ring();
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &mailbox.wake, epoll::EventData::new_u64(MAILBOX), epoll::EventFlags::IN)?;
         epoll::add(&epoll, lane.event_fd(), epoll::EventData::new_u64(LANE), epoll::EventFlags::IN)?;
@@ -433,6 +447,9 @@ impl Worker {
                         queue.reply(head, &response);
                         self.answered.push(key);
                     }
+                }
+                Command::Confine { filter, done } => {
+                    let _ = done.send(filter.install());
                 }
                 Command::Exit => self.exit = true,
             }

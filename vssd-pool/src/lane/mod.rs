@@ -57,6 +57,12 @@ impl Lane {
         Ok(lane)
     }
 
+    /// Makes the io_uring that the pool's media need now and not at first use: for a thread that soon may not make one.
+    pub fn make_ring(&mut self) -> std::result::Result<(), IoError> {
+        let needed = self.core.media.iter().flatten().any(|medium| medium.store.ring().is_some());
+        if needed { self.work.ring(&self.core).map(drop) } else { Ok(()) }
+    }
+
     /// Opens a batch. Resizes wait for the batch to end, so do not block inside.
     pub fn begin_batch(&mut self) {
         self.work.enter(&self.core);
