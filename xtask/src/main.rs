@@ -6,6 +6,7 @@
 mod bench;
 mod fuzz;
 mod guest;
+mod long;
 mod model;
 mod sabotage;
 mod stages;
@@ -44,6 +45,8 @@ enum Command {
     Fuzz(fuzz::Args),
     /// Walk every order of events in the negotiation.
     Model(model::Args),
+    /// Run the long form of a test.
+    Long(long::Args),
     /// Break the pool and the daemon on purpose and see that the tests notice.
     Sabotage,
     /// Build the guest driver for every kernel.
@@ -73,6 +76,7 @@ fn run(command: &Command) -> Result<()> {
         Command::Guest(args) => guest::run(args),
         Command::Fuzz(args) => fuzz::run(args),
         Command::Model(args) => model::run(args),
+        Command::Long(args) => long::run(args),
         Command::Sabotage => sabotage::run(),
         Command::Module => {
             vssd_tests::setup::ensure()?;
