@@ -173,7 +173,7 @@ impl Cutter<'_> {
         let rng = &mut self.rng;
         self.replay.crash_into(&self.scratch, tear, || arrives(rng));
         self.tally.count(class, kind);
-        let cuts_recovery = self.tally.states % 16 == 0;
+        let cuts_recovery = self.tally.states.is_multiple_of(16);
         if cuts_recovery {
             self.scratch.record();
         }

@@ -9,7 +9,7 @@
 //!
 //! ```text
 //! CRASH_STATES=1000000 cargo test -p vssd-pool --test crash -- --nocapture power_cut
-//! CRASH_TRACES=100 cargo test -p vssd-pool --test crash -- --nocapture failing_operation
+//! CRASH_TRACES=100 cargo test -p vssd-pool --test crash -- --nocapture any_failing_operation
 //! ```
 //!
 //! A failure names its seed; `CRASH_SEED=n` runs that one alone.
