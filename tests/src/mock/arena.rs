@@ -11,7 +11,7 @@
 //!
 //! Latency is the 99th percentile of the neighbour's single requests in windows of a tenth of a second, and of those
 //! windows the median: one hiccup of the machine spoils one window. Attacker, neighbour and daemon share the machine's
-//! processors, so a request may wait for another thread's time slice whatever the daemon does; up to [`SLICES`] that is not
+//! processors, so a request may wait for another thread's time slice whatever the daemon does; up to `SLICES` that is not
 //! held against it. Memory is what the daemon has for itself (`RssAnon`); pages of the pool and of guests are not its own,
 //! and the list of events, which is bounded, may fill.
 
