@@ -13,12 +13,12 @@
 //!   folders of the sockets and the kernel's own folders (to read) can be opened at all.
 //! * **seccomp** comes once everything is open. A call that is not listed fails with EPERM: opening, making sockets other than
 //!   Unix ones, executable memory, new processes. A program that works never makes one, so what fails is a mistake of ours or an
-//!   attack, and a mistake should cost one operation, not every guest's disk. What no mistake explains ([`ABSURD`]) ends the
+//!   attack, and a mistake should cost one operation, not every guest's disk. What no mistake explains (`ABSURD`) ends the
 //!   process.
 //! * **Workers**, which look at what guests wrote, can besides this not make sockets or threads nor change files' names or modes.
 //!
-//! Sockets for vSSDs that are made at run time are the reason for the calls about sockets and paths in [`COMMON`] and
-//! [`CONTROL`]. What a ring of io_uring does is not seen by seccomp; Landlock sees the files it opens. Knows no guests and no pools.
+//! Sockets for vSSDs that are made at run time are the reason for the calls about sockets and paths in `COMMON` and
+//! `CONTROL`. What a ring of io_uring does is not seen by seccomp; Landlock sees the files it opens. Knows no guests and no pools.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
