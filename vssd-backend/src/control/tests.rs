@@ -630,6 +630,24 @@ fn deadline_of_a_resize_outlives_the_daemon() {
     assert_eq!(ended(&mut client, &job["id"])["state"], "done");
 }
 
+/// protocol.md: C-10.
+#[test]
+fn force_is_stored_with_the_target_it_is_for() {
+    let disks = Disks::new(64);
+    let daemon = Daemon::start(&disks);
+    let id = daemon.create("vm1", 4 * MIB, 4 * MIB);
+    let stored = |daemon: &Daemon| daemon.pool.vssd(id).unwrap().attrs().policy;
+    assert!(!stored(&daemon).contains("deadline\":{"), "{}", stored(&daemon));
+    let mut client = daemon.client();
+    let forced = json!({ "name": "vm1", "size_bytes": 2 * MIB, "force": true });
+    client.ok("device.resize", forced);
+    let policy: Value = serde_json::from_str(&stored(&daemon)).unwrap();
+    assert_eq!(policy["deadline"]["on_timeout"], "force", "{policy}");
+    client.ok("device.resize", resize("vm1", 4 * MIB));
+    let policy: Value = serde_json::from_str(&stored(&daemon)).unwrap();
+    assert_eq!(policy["deadline"], Value::Null, "a grow forces nothing: {policy}");
+}
+
 /// protocol.md: V-22.
 #[test]
 fn stopping_queue_is_told_when_nothing_is_parked_any_more() {

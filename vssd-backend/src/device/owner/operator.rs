@@ -7,8 +7,8 @@ use tracing::{error, info};
 use vssd_pool::{MediumKind, VssdAttrs, VssdId, VssdSpec, VssdStats};
 use vssd_protocol::control::{
     Class, CreateParams, DeleteParams, DeviceInfo, DeviceState, DriverInfo, DriverKind, ErrorCode,
-    EvictedRanges, FrontendInfo, IoCounters, JobInfo, LimitsParams, MAX_EVICTED, MediumInfo, Policy,
-    PoolStatus, ResizeAnswer, ResizeParams, is_valid_name,
+    EvictedRanges, FrontendInfo, IoCounters, JobInfo, LimitsParams, MAX_EVICTED, MediumInfo, OnTimeout,
+    Policy, PoolStatus, ResizeAnswer, ResizeParams, is_valid_name,
 };
 use vssd_protocol::units::ByteCount;
 
@@ -164,10 +164,14 @@ impl Owner {
             return Ok(answer);
         }
         let now = self.clock.unix_ms(self.clock.now_ms());
-        let deadline = plan
-            .deadline_ms
-            .filter(|_| plan.to < plan.from)
-            .map(|ms| Deadline { unix_ms: now.saturating_add(ms), on_timeout: plan.on_timeout });
+        // Should the daemon end in mid-way, what is forced is a shrink whose deadline has passed.
+        let deadline = if plan.force {
+            Some(Deadline { unix_ms: now, on_timeout: OnTimeout::Force })
+        } else {
+            plan.deadline_ms
+                .map(|ms| Deadline { unix_ms: now.saturating_add(ms), on_timeout: plan.on_timeout })
+        }
+        .filter(|_| plan.to < plan.from);
         if plan.to != negotiation.requested() || deadline.is_some() {
             self.store_requested(id, plan.to, deadline).map_err(|e| self.pool_fault(&e))?;
         }
