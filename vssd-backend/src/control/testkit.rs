@@ -205,7 +205,7 @@ impl Drop for Daemon {
 /// A client of a control socket.
 pub(crate) struct Client {
     pub(crate) stream: UnixStream,
-    reader: BufReader<UnixStream>,
+    pub(crate) reader: BufReader<UnixStream>,
     next_id: u64,
 }
 

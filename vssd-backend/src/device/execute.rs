@@ -26,6 +26,16 @@ pub enum Io {
     WriteZeroes(Extent, bool),
 }
 
+impl Io {
+    /// How much memory it may have to read or write at once.
+    pub fn bytes_moved(self) -> u64 {
+        match self {
+            Self::Read(extent) | Self::Write(extent) | Self::WriteZeroes(extent, _) => extent.len,
+            Self::Flush | Self::Discard(_) => 0,
+        }
+    }
+}
+
 /// Starts `io`; `segments` is the memory that a read fills or a write takes. `Done` comes with the result; a pending one
 /// is reported by the lane under `token`.
 ///

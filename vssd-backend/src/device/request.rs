@@ -11,8 +11,9 @@ use vssd_protocol::units::{ByteOffset, SECTOR_SIZE, Sector};
 pub const SEGMENT_LEN: usize = 16;
 /// Bytes of a GET_ID answer.
 pub const ID_LEN: usize = 20;
-/// Sectors in one write-zeroes request. Bounds the data written for a request of 16 bytes.
-pub const MAX_WRITE_ZEROES_SECTORS: u32 = 32 << 11;
+/// Sectors in one write-zeroes request: 1 MiB. A request of 16 bytes makes as much work as a write of that size, and a queue full of
+/// them is what other guests on the medium wait for.
+pub const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 11;
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;

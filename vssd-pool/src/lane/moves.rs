@@ -424,23 +424,16 @@ impl Work {
             return result.or_else(|error| self.fail_request(*request, errno(&error)));
         }
         let zeroes = self.zeroes.get_or_insert_with(|| AlignedBuf::zeroed(ZEROES)).as_mut_ptr();
-        let mut buffers = Vec::new();
-        let mut left = len;
-        while left > 0 {
-            let n = left.min(ZEROES as u64);
-            // At most ZEROES.
-            buffers
-                .push(libc::iovec { iov_base: zeroes.cast(), iov_len: usize::try_from(n).unwrap_or(ZEROES) });
-            left -= n;
+        let buffers = [libc::iovec { iov_base: zeroes.cast(), iov_len: ZEROES }; 4];
+        let most = (ZEROES * buffers.len()) as u64;
+        let mut done = 0;
+        while done < len {
+            let n = (len - done).min(most);
+            let place = (kind, offset + done, n);
+            self.transfer_by_ring(core, job, request, place, Direction::Write, &mut Cursor::new(&buffers))?;
+            done += n;
         }
-        self.transfer_by_ring(
-            core,
-            job,
-            request,
-            (kind, offset, len),
-            Direction::Write,
-            &mut Cursor::new(&buffers),
-        )
+        Ok(())
     }
 }
 
