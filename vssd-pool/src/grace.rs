@@ -21,13 +21,11 @@
 //! a busy lane cannot keep the wait alive for ever (a lane that loaded the epoch just before the flip can
 //! prolong it by one batch).
 //!
-//! It knows nothing of maps or I/O.
-
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
-use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+//! It knows nothing of maps or I/O. `schedules/tests/grace.rs` runs it through every schedule, and without what it is said
+//! here to need.
 
 use crate::sabotage::{Sabotage, active};
+use crate::sync::{AtomicBool, AtomicU32, Mutex, Ordering, PoisonError, fence, pause};
 
 /// How many lanes there can be at a time.
 pub(crate) const MAX_LANES: usize = 64;
@@ -46,14 +44,14 @@ struct Slot {
 
 /// See the module's text.
 #[derive(Debug)]
-pub(crate) struct Grace {
+pub(crate) struct Grace<const LANES: usize = MAX_LANES> {
     epoch: AtomicU32,
-    slots: [Slot; MAX_LANES],
+    slots: [Slot; LANES],
     /// One `synchronize` at a time, or one's flips would cut another's waits short.
     one_at_a_time: Mutex<()>,
 }
 
-impl Grace {
+impl<const LANES: usize> Grace<LANES> {
     pub(crate) fn new() -> Self {
         Self {
             epoch: AtomicU32::new(0),
@@ -119,13 +117,8 @@ impl Grace {
             if give_up.load(Ordering::Relaxed) {
                 return false;
             }
-            turns += 1;
-            match turns {
-                0..64 => std::hint::spin_loop(),
-                64..128 => std::thread::yield_now(),
-                // Requests on an SSD take about this long.
-                _ => std::thread::sleep(Duration::from_micros(50)),
-            }
+            turns = turns.saturating_add(1);
+            pause(turns);
         }
         true
     }
@@ -134,12 +127,13 @@ impl Grace {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::time::Duration;
 
     use super::*;
 
     #[test]
     fn synchronize_waits_for_what_was_in_flight_and_not_for_what_comes_after() {
-        let grace = Arc::new(Grace::new());
+        let grace = Arc::new(<Grace>::new());
         let never = AtomicBool::new(false);
         let slot = grace.register().unwrap();
         let first = grace.enter(slot);
@@ -164,7 +158,7 @@ mod tests {
 
     #[test]
     fn lane_that_loaded_the_epoch_long_ago_is_waited_for() {
-        let grace = Arc::new(Grace::new());
+        let grace = Arc::new(<Grace>::new());
         let slot = grace.register().unwrap();
         // It loaded epoch 1, and was preempted until the epoch was 2.
         grace.epoch.store(1, Ordering::Relaxed);
@@ -182,7 +176,7 @@ mod tests {
 
     #[test]
     fn synchronize_gives_up_when_told() {
-        let grace = Grace::new();
+        let grace = <Grace>::new();
         let slot = grace.register().unwrap();
         let _parity = grace.enter(slot);
         assert!(!grace.synchronize(&AtomicBool::new(true)));
@@ -192,7 +186,7 @@ mod tests {
     /// after its grace period.
     #[test]
     fn no_reader_uses_a_value_after_its_grace_period() {
-        let grace = Arc::new(Grace::new());
+        let grace = Arc::new(<Grace>::new());
         let current = Arc::new(AtomicU32::new(0));
         let alive: Arc<Vec<AtomicBool>> = Arc::new((0..150).map(|_| AtomicBool::new(true)).collect());
         let stop = Arc::new(AtomicBool::new(false));

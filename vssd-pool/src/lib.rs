@@ -46,6 +46,7 @@ pub mod sigbus;
 mod state;
 pub mod store;
 mod superblock;
+mod sync;
 mod types;
 mod vssd;
 

@@ -16,10 +16,10 @@
 //! the journal's order is the map's order.
 
 use std::fmt;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use vssd_protocol::units::{BlockIndex, PhysicalBlock};
+
+use crate::sync::{AtomicU32, OnceLock, Ordering, zeroed};
 
 const FENCED: u32 = 1 << 31;
 const UNPLUGGED: u32 = 0;
@@ -108,12 +108,10 @@ impl fmt::Debug for Map {
     }
 }
 
+/// The map of a large, hardly plugged vSSD takes no memory.
 fn unplugged_entries(len: usize) -> Box<[AtomicU32]> {
-    // A zeroed Vec<u32> comes untouched from the kernel: the map of a large, hardly plugged vSSD takes no
-    // memory. Zero is UNPLUGGED.
-    let zeroes = vec![UNPLUGGED; len].into_boxed_slice();
-    // SAFETY: AtomicU32 has the size, alignment and bit validity of u32, and the box is the sole owner.
-    unsafe { Box::from_raw(Box::into_raw(zeroes) as *mut [AtomicU32]) }
+    const { assert!(UNPLUGGED == 0) };
+    zeroed(len)
 }
 
 impl Map {
