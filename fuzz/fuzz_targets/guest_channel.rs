@@ -186,7 +186,11 @@ fuzz_target!(|data: &[u8]| {
     assert!(world.owed.is_empty(), "a request was never answered");
 
     for kind in KINDS {
-        if let Ok(response) = Response::decode(kind, data) {
+        if let Ok(mut response) = Response::decode(kind, data) {
+            if let ResponseBody::Hello(hello) = &mut response.body {
+                // Names are made printable, and cut.
+                hello.name.clear();
+            }
             let bytes = response.encode(kind);
             assert_eq!(Response::decode(kind, &bytes).as_ref(), Ok(&response));
         }
