@@ -11,29 +11,32 @@ struct Source {
     mutants: &'static [Mutant],
 }
 
-/// `from`, which occurs once, becomes `to`.
+/// Each left side, which occurs once, becomes its right side.
 struct Mutant {
     name: &'static str,
-    from: &'static str,
-    to: &'static str,
+    edits: &'static [(&'static str, &'static str)],
 }
 
 const SOURCES: &[Source] = &[
     Source {
         path: "vssd-pool/src/grace.rs",
         mutants: &[
-            Mutant { name: "one_round", from: "for _ in 0..2 {", to: "for _ in 0..1 {" },
+            Mutant { name: "one_round", edits: &[("for _ in 0..2 {", "for _ in 0..1 {")] },
             Mutant {
                 name: "reader_without_fence",
-                from: "self.hold(slot, parity);\n        fence(Ordering::SeqCst);",
-                to: "self.hold(slot, parity);",
+                edits: &[(
+                    "self.hold(slot, parity);\n        fence(Ordering::SeqCst);",
+                    "self.hold(slot, parity);",
+                )],
             },
-            Mutant { name: "owner_without_fence", from: "fence(Ordering::SeqCst);\n        for", to: "for" },
-            Mutant { name: "leave_relaxed", from: "- 1, Ordering::Release", to: "- 1, Ordering::Relaxed" },
+            Mutant {
+                name: "owner_without_fence",
+                edits: &[("fence(Ordering::SeqCst);\n        for", "for")],
+            },
+            Mutant { name: "leave_relaxed", edits: &[("- 1, Ordering::Release", "- 1, Ordering::Relaxed")] },
             Mutant {
                 name: "wait_relaxed",
-                from: "[parity].load(Ordering::Acquire)",
-                to: "[parity].load(Ordering::Relaxed)",
+                edits: &[("[parity].load(Ordering::Acquire)", "[parity].load(Ordering::Relaxed)")],
             },
         ],
     },
@@ -41,10 +44,46 @@ const SOURCES: &[Source] = &[
         path: "vssd-pool/src/map.rs",
         mutants: &[Mutant {
             name: "exchange_in_two_steps",
-            from: "slot.compare_exchange(from.0, to.0, Ordering::AcqRel, Ordering::Acquire).map(|_| ()).map_err(Entry)",
-            to: "{ let now = slot.load(Ordering::Acquire); if now != from.0 { return Err(Entry(now)); } \
-                 slot.store(to.0, Ordering::Release); Ok(()) }",
+            edits: &[(
+                "slot.compare_exchange(from.0, to.0, Ordering::AcqRel, Ordering::Acquire).map(|_| ()).map_err(Entry)",
+                "let now = slot.load(Ordering::Acquire);
+                 if now != from.0 { return Err(Entry(now)); }
+                 slot.store(to.0, Ordering::Release);
+                 Ok(())",
+            )],
         }],
+    },
+    Source {
+        path: "vssd-backend/src/vhost_user/mailbox.rs",
+        mutants: &[
+            Mutant {
+                name: "signal_before_post",
+                edits: &[
+                    ("        let first = {", "        self.wake.signal();\n        let first = {"),
+                    (
+                        "        if first {\n            self.wake.signal();\n        }",
+                        "        let _ = first;",
+                    ),
+                ],
+            },
+            Mutant {
+                name: "clear_after_take",
+                edits: &[
+                    ("        self.wake.clear();\n", ""),
+                    (
+                        "std::mem::swap(&mut *mail, into);",
+                        "std::mem::swap(&mut *mail, into); drop(mail); self.wake.clear();",
+                    ),
+                ],
+            },
+            Mutant {
+                name: "quiet_too_early",
+                edits: &[(
+                    "stop(self.stopped);\n        let _ = self.quiet.send(());",
+                    "let _ = self.quiet.send(()); stop(self.stopped);",
+                )],
+            },
+        ],
     },
 ];
 
@@ -61,16 +100,19 @@ fn main() {
             code.lines().filter(|line| !line.starts_with("//!")).map(|line| format!("{line}\n")).collect();
         let file = path.file_name().and_then(|name| name.to_str()).expect("a name above");
         let mut modules = module(file.trim_end_matches(".rs"), &code);
-        for Mutant { name, from, to } in source.mutants {
-            assert_eq!(code.matches(from).count(), 1, "{}: {from:?} stands there once", source.path);
-            modules.push_str(&module(name, &code.replace(from, to)));
+        for mutant in source.mutants {
+            let broken = mutant.edits.iter().fold(code.clone(), |code, (from, to)| {
+                assert_eq!(code.matches(from).count(), 1, "{}: {from:?} is to occur once", source.path);
+                code.replace(from, to)
+            });
+            modules.push_str(&module(mutant.name, &broken));
         }
         fs::write(Path::new(&out).join(file), modules).expect("the output folder takes files");
     }
 }
 
 fn module(name: &str, code: &str) -> String {
-    // The features are those of another package.
-    let allow = "#[allow(dead_code, unexpected_cfgs, reason = \"a part of it, elsewhere\")]";
+    // Out of its package, with a part of it used.
+    let allow = "#[allow(dead_code, unreachable_pub, unexpected_cfgs, reason = \"this is not its place\")]";
     format!("{allow}\nmod {name} {{\n{code}}}\n")
 }

@@ -162,36 +162,34 @@ impl Block {
     }
 }
 
-/// Runs a scene in every schedule with at most `preemptions`; how many there were.
-fn explore(preemptions: Option<usize>, scene: impl Fn() + Send + Sync + 'static) -> u64 {
-    let executions = Arc::new(AtomicU64::new(0));
-    let count = Arc::clone(&executions);
+/// Runs a scene in every schedule with at most `preemptions`, and counts them.
+fn explore(
+    preemptions: Option<usize>,
+    executions: &Arc<AtomicU64>,
+    scene: impl Fn() + Send + Sync + 'static,
+) {
+    let executions = Arc::clone(executions);
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = preemptions;
     (builder.max_permutations, builder.max_duration, builder.checkpoint_file) = (None, None, None);
     builder.check(move || {
-        count.fetch_add(1, Ordering::Relaxed);
+        executions.fetch_add(1, Ordering::Relaxed);
         scene();
     });
-    executions.load(Ordering::Relaxed)
 }
 
 fn passes(name: &str, preemptions: Option<usize>, scene: impl Fn() + Send + Sync + 'static) {
-    let executions = explore(preemptions, scene);
+    let executions = Arc::default();
+    explore(preemptions, &executions, scene);
+    let executions = executions.load(Ordering::Relaxed);
     let bound = preemptions.map_or("any number of".to_owned(), |bound| format!("at most {bound}"));
     println!("{name}: {executions} executions, {bound} preemptions");
     assert!(executions > 100, "threads met in {executions} executions only");
 }
 
 fn caught(name: &str, preemptions: Option<usize>, scene: impl Fn() + Send + Sync + 'static) {
-    let executions = Arc::new(AtomicU64::new(0));
-    let count = Arc::clone(&executions);
-    let message = expect_failure(move || {
-        explore(preemptions, move || {
-            count.fetch_add(1, Ordering::Relaxed);
-            scene();
-        });
-    });
+    let executions = Arc::default();
+    let message = expect_failure(|| explore(preemptions, &executions, scene));
     println!("{name}: caught in execution {}: {message}", executions.load(Ordering::Relaxed));
 }
 

@@ -11,7 +11,7 @@
 //! * [`session`]: one connection's life, the handler of vhost-user messages. [`seat`]: which connection may run the rings.
 //! * [`backend_channel`]: the descriptor for messages to the front-end, and how it is reached.
 //! * [`worker`]: a fixed pool of threads; each owns its queues, an epoll set and a pool lane. [`poller`]: how long it looks
-//!   for work before it sleeps.
+//!   for work before it sleeps. [`mailbox`]: how it is told what to do.
 //! * [`queue`], [`ring`], [`chain`], [`inflight`], [`memory`], [`dirty_log`]: what a worker works with.
 //! * [`sigbus`]: what becomes of memory that a front-end shares and takes away again.
 //!
@@ -26,6 +26,7 @@ pub mod chain;
 pub mod dirty_log;
 pub mod frontends;
 pub mod inflight;
+pub mod mailbox;
 pub mod memory;
 pub mod poller;
 pub mod queue;
@@ -33,4 +34,5 @@ pub mod ring;
 pub mod seat;
 pub mod session;
 pub mod sigbus;
+mod sync;
 pub mod worker;

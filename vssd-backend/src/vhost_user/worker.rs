@@ -15,17 +15,17 @@
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::event::epoll;
 use tracing::{debug, error};
 use vssd_pool::{Lane, Pool};
 
 use super::dirty_log::QueueLog;
+use super::mailbox::{Mailbox, StopOrder, StopTicket, stop_order};
 use super::memory::GuestMemory;
 use super::poller::Poller;
 use super::queue::{ActiveQueue, QueueStart, Stopped, split_token};
@@ -39,7 +39,7 @@ const LANE: u64 = u64::MAX - 1;
 #[derive(Debug)]
 enum Command {
     Start(Box<QueueStart>),
-    Stop { key: u32, taken: mpsc::Sender<()>, done: mpsc::Sender<Stopped> },
+    Stop { key: u32, order: StopOrder<Stopped> },
     Abandon { key: u32 },
     SetMemory { key: u32, mem: Arc<GuestMemory> },
     SetLog { key: u32, log: Option<QueueLog>, done: mpsc::Sender<()> },
@@ -49,37 +49,7 @@ enum Command {
     Exit,
 }
 
-#[derive(Debug)]
-struct Mailbox {
-    commands: Mutex<Vec<Command>>,
-    /// Set while there are some; for a worker that is looking.
-    has_mail: AtomicBool,
-    wake: OwnedFd,
-}
-
-impl Mailbox {
-    fn post(&self, command: Command) {
-        let first = {
-            let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-            commands.push(command);
-            self.has_mail.store(true, Ordering::Relaxed);
-            commands.len() == 1
-        };
-        if first {
-            // Fails only when the counter is at its limit, and then the worker is awake anyway.
-            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-        }
-    }
-
-    fn take(&self, into: &mut Vec<Command>) {
-        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-        let mut commands = self.commands.lock().unwrap_or_else(PoisonError::into_inner);
-        self.has_mail.store(false, Ordering::Relaxed);
-        std::mem::swap(&mut *commands, into);
-    }
-}
-
-impl ReplySink for Mailbox {
+impl ReplySink for Mailbox<Command> {
     fn complete(&self, ticket: u64, response: Vec<u8>) {
         self.post(Command::Reply { ticket, response });
     }
@@ -88,7 +58,7 @@ impl ReplySink for Mailbox {
 /// Sends commands to one worker.
 #[derive(Clone, Debug)]
 pub struct WorkerHandle {
-    mailbox: Arc<Mailbox>,
+    mailbox: Arc<Mailbox<Command>>,
 }
 
 impl WorkerHandle {
@@ -97,11 +67,10 @@ impl WorkerHandle {
     }
 
     /// Begins to stop a queue.
-    pub fn stop(&self, key: u32) -> StopTicket {
-        let (taken, last_taken) = mpsc::channel();
-        let (done, stopped) = mpsc::channel();
-        self.mailbox.post(Command::Stop { key, taken, done });
-        StopTicket { last_taken, stopped }
+    pub fn stop(&self, key: u32) -> StopTicket<Stopped> {
+        let (order, ticket) = stop_order();
+        self.mailbox.post(Command::Stop { key, order });
+        ticket
     }
 
     /// Leaves the guest-channel requests of a stopping queue unanswered, to be replayed by whoever serves the guest next.
@@ -125,31 +94,6 @@ impl WorkerHandle {
     }
 }
 
-/// A queue that is stopping. A request parked with the owner keeps it from ending, and must be asked back between the two
-/// waits: after the first, no further request can reach the owner.
-#[derive(Debug)]
-pub struct StopTicket {
-    last_taken: mpsc::Receiver<()>,
-    stopped: mpsc::Receiver<Stopped>,
-}
-
-impl StopTicket {
-    /// Waits until the queue takes no more chains.
-    pub fn wait_quiet(&self) {
-        // An error means that the queue was not running: quiet too.
-        let _ = self.last_taken.recv();
-    }
-
-    /// Waits until every chain taken is answered, or for `timeout`. `Ok(None)` if the queue was not running.
-    pub fn wait(&self, timeout: Duration) -> Result<Option<Stopped>, mpsc::RecvTimeoutError> {
-        match self.stopped.recv_timeout(timeout) {
-            Ok(stopped) => Ok(Some(stopped)),
-            Err(mpsc::RecvTimeoutError::Disconnected) => Ok(None),
-            Err(timeout) => Err(timeout),
-        }
-    }
-}
-
 /// The worker threads of the daemon.
 #[derive(Debug)]
 pub struct Workers {
@@ -162,9 +106,7 @@ impl Workers {
     pub fn spawn(pool: &Arc<Pool>, count: usize, polling: Duration) -> io::Result<Self> {
         let mut workers = Self { handles: Vec::new(), threads: Vec::new() };
         for index in 0..count.max(1) {
-            let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
-            let mailbox =
-                Arc::new(Mailbox { commands: Mutex::default(), has_mail: AtomicBool::new(false), wake });
+            let mailbox = Arc::new(Mailbox::new()?);
             let handle = WorkerHandle { mailbox: Arc::clone(&mailbox) };
             let pool = Arc::clone(pool);
             let (ready, started) = mpsc::channel();
@@ -237,7 +179,7 @@ impl Queues {
 }
 
 struct Worker {
-    mailbox: Arc<Mailbox>,
+    mailbox: Arc<Mailbox<Command>>,
     sink: Arc<dyn ReplySink>,
     epoll: OwnedFd,
     lane: Lane,
@@ -257,14 +199,14 @@ struct Worker {
 const ROUNDS_WITHOUT_EPOLL: u32 = 16;
 
 impl Worker {
-    fn new(pool: &Arc<Pool>, mailbox: Arc<Mailbox>, polling: Duration) -> io::Result<Self> {
+    fn new(pool: &Arc<Pool>, mailbox: Arc<Mailbox<Command>>, polling: Duration) -> io::Result<Self> {
         let mut lane = pool.lane().map_err(io::Error::other)?;
         // Now: a confined thread cannot make one. Why it fails is logged there, and requests will fail for it.
         let _ = lane.make_ring();
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, &mailbox.wake, epoll::EventData::new_u64(MAILBOX), epoll::EventFlags::IN)?;
+        epoll::add(&epoll, mailbox.wake(), epoll::EventData::new_u64(MAILBOX), epoll::EventFlags::IN)?;
         epoll::add(&epoll, lane.event_fd(), epoll::EventData::new_u64(LANE), epoll::EventFlags::IN)?;
-        let sink: Arc<dyn ReplySink> = Arc::<Mailbox>::clone(&mailbox);
+        let sink: Arc<dyn ReplySink> = Arc::<Mailbox<Command>>::clone(&mailbox);
         Ok(Self {
             mailbox,
             sink,
@@ -353,7 +295,7 @@ impl Worker {
                 // The driver answers to answers.
                 since = Instant::now();
             }
-            if self.mailbox.has_mail.load(Ordering::Relaxed) {
+            if self.mailbox.has_mail() {
                 self.obey();
             }
             if !self.ready.is_empty() {
@@ -405,10 +347,9 @@ impl Worker {
         for command in commands.drain(..) {
             match command {
                 Command::Start(start) => self.start(*start),
-                Command::Stop { key, taken, done } => {
+                Command::Stop { key, order } => {
                     if let Some(queue) = self.queues.get_mut(key) {
-                        queue.stop(done);
-                        let _ = taken.send(());
+                        order.obey(|stopped| queue.stop(stopped));
                         self.answered.push(key);
                     }
                 }
