@@ -35,7 +35,7 @@ use crate::bitmap::Bitmap;
 use crate::crc::{Crc, crc32c};
 use crate::error::{Error, Result};
 use crate::journal::PAGE;
-use crate::map::{Entry, Map};
+use crate::map::{Entry, Map, most_blocks};
 use crate::record::{Meta, decode_meta, encode_meta};
 use crate::state::State;
 use crate::store::Store;
@@ -228,7 +228,7 @@ fn parse_body(body: &[u8], total_blocks: u32) -> Option<State> {
     for _ in 0..reader.word()? {
         let len = reader.word()? as usize;
         let (meta, used) = decode_meta(reader.take(len)?)?;
-        if used != len {
+        if used != len || meta.max_blocks > most_blocks(total_blocks) {
             return None;
         }
         let map = Map::new(meta.max_blocks);

@@ -25,7 +25,7 @@ use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::journal::RECORDS_PER_PAGE;
 use crate::lock;
-use crate::map::{Entry, MAX_VSSD_BLOCKS, Map};
+use crate::map::{Entry, Map, most_blocks};
 use crate::pool::ResizeDone;
 use crate::record::{MAX_NAME, MAX_POLICY, Meta, Record};
 use crate::sabotage::{Sabotage, active};
@@ -212,9 +212,10 @@ impl Keeper {
     fn create(&mut self, spec: VssdSpec) -> Result<Arc<Vssd>> {
         check_name(&spec.name)?;
         check_attrs(&spec.attrs, spec.max_blocks, self.core.capacity())?;
-        if spec.max_blocks == 0 || spec.max_blocks > MAX_VSSD_BLOCKS {
+        let most = most_blocks(self.core.layout.total_blocks());
+        if spec.max_blocks == 0 || spec.max_blocks > most {
             return Err(Error::invalid(format!(
-                "a vSSD has 1 to {MAX_VSSD_BLOCKS} blocks, {} were asked for",
+                "a vSSD of this pool has 1 to {most} blocks, {} were asked for",
                 spec.max_blocks
             )));
         }
@@ -299,9 +300,10 @@ impl Keeper {
 
     fn extend(&mut self, id: VssdId, blocks: u32) -> Result<()> {
         let vssd = self.find(id)?;
-        if blocks < vssd.total_blocks() || blocks > MAX_VSSD_BLOCKS {
+        let most = most_blocks(self.core.layout.total_blocks());
+        if blocks < vssd.total_blocks() || blocks > most {
             return Err(Error::invalid(format!(
-                "a maximum can only be raised, from {} to at most {MAX_VSSD_BLOCKS} blocks; {blocks} were asked for",
+                "a maximum can only be raised, from {} to at most {most} blocks; {blocks} were asked for",
                 vssd.total_blocks()
             )));
         }

@@ -32,6 +32,15 @@ pub(crate) const MAX_PHYSICAL_BLOCKS: u32 = FENCED - FIRST_MAPPED;
 /// The most blocks a vSSD can have (its map then takes 4 GiB).
 pub(crate) const MAX_VSSD_BLOCKS: u32 = 1 << 30;
 
+/// How many times larger than its pool a vSSD may be. Nobody overcommits like that, and what a damaged medium claims beyond it would
+/// cost seconds and gigabytes to look at.
+const MAX_STRETCH: u32 = 4096;
+
+/// The most blocks a vSSD of a pool of `physical` blocks can have.
+pub(crate) fn most_blocks(physical: u32) -> u32 {
+    physical.saturating_mul(MAX_STRETCH).min(MAX_VSSD_BLOCKS)
+}
+
 /// Segments beyond the first; each doubles the length. 2³⁰ blocks are reached from any start.
 const EXTENSIONS: usize = 31;
 

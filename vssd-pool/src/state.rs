@@ -11,7 +11,7 @@ use crate::arbiter::{Capacity, Promise};
 use crate::bitmap::Bitmap;
 use crate::blocks::PhysicalRun;
 use crate::error::{Error, Result};
-use crate::map::{Entry, Map};
+use crate::map::{Entry, Map, most_blocks};
 use crate::record::{Meta, Record};
 use crate::superblock::Layout;
 use crate::types::VssdId;
@@ -46,6 +46,13 @@ impl State {
                 self.next_id = self.next_id.max(meta.id.0.saturating_add(1));
                 if new.is_none() && !self.vssds.contains_key(&meta.id) {
                     return Ok(());
+                }
+                let most = most_blocks(self.clean.len());
+                if meta.max_blocks > most {
+                    return Err(Error::damaged(format!(
+                        "the journal names {} with {} blocks, more than the {most} that are possible",
+                        meta.id, meta.max_blocks
+                    )));
                 }
                 let (held, map) = self
                     .vssds

@@ -527,6 +527,20 @@ impl Drop for LoopDevice {
 }
 
 #[test]
+fn maximum_is_bounded_by_what_the_pool_could_ever_be() {
+    let (pool, stores) = mem_pool(&[(MediumKind::Nvram, 2 * MIB)], false);
+    let most = pool.info().total_blocks * 4096;
+    let error = pool.create_vssd(&spec("large", most + 1, 1)).unwrap_err();
+    assert_eq!(error.code(), "E_INVALID", "{error}");
+    let vssd = pool.create_vssd(&spec("large", most, 1)).unwrap();
+    assert!(pool.extend_vssd(vssd.id(), most + 1).is_err());
+    drop(vssd);
+    drop(pool);
+    let pool = Pool::open_on(&open_options(false), stores).unwrap();
+    assert_eq!(pool.vssd_by_name("large").unwrap().total_blocks(), most);
+}
+
+#[test]
 fn block_devices_of_either_sector_size_carry_pools() {
     for sector in [512u32, 4096] {
         let dir = tempfile::tempdir_in("/tmp").unwrap();
