@@ -9,6 +9,7 @@ mod guest;
 mod long;
 mod model;
 mod sabotage;
+mod schedules;
 mod stages;
 mod test;
 
@@ -45,6 +46,10 @@ enum Command {
     Fuzz(fuzz::Args),
     /// Walk every order of events in the negotiation.
     Model(model::Args),
+    /// Run the hand-offs between threads through every schedule, or very many.
+    Schedules(schedules::Args),
+    /// Run the codecs, the map and the journal under Miri.
+    Miri,
     /// Run the long form of a test.
     Long(long::Args),
     /// Break the pool and the daemon on purpose and see that the tests notice.
@@ -76,6 +81,8 @@ fn run(command: &Command) -> Result<()> {
         Command::Guest(args) => guest::run(args),
         Command::Fuzz(args) => fuzz::run(args),
         Command::Model(args) => model::run(args),
+        Command::Schedules(args) => schedules::run(args),
+        Command::Miri => schedules::miri(),
         Command::Long(args) => long::run(args),
         Command::Sabotage => sabotage::run(),
         Command::Module => {

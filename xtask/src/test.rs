@@ -6,7 +6,7 @@ use vssd_tests::paths::PREBUILT_ENV;
 use vssd_tests::setup;
 
 use crate::stages::{self, Stages, cargo, show};
-use crate::{fuzz, model, sabotage};
+use crate::{fuzz, model, sabotage, schedules};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -43,7 +43,8 @@ fn run_stages(args: &Args, stages: &mut Stages) -> Result<()> {
     stages.run("build", || stages::build_binaries(&["--quiet"]))?;
     if args.scenario.is_none() {
         stages.run("unit tests", || {
-            let others = ["--exclude", "vssd-tests", "--exclude", "vssd-model"];
+            let others =
+                ["--exclude", "vssd-tests", "--exclude", "vssd-model", "--exclude", "vssd-schedules"];
             let mut units = cargo(&["test", "--quiet", "--workspace"]);
             units.args(others);
             show(units)?;
@@ -51,6 +52,8 @@ fn run_stages(args: &Args, stages: &mut Stages) -> Result<()> {
             show(cargo(&["test", "--quiet", "--package", "vssd-tests", "--doc"]))
         })?;
         stages.run("model of the negotiation", || model::run(&model::Args::default()))?;
+        stages.run("hand-offs between threads", || schedules::run(&schedules::Args::default()))?;
+        stages.run("codecs, map and journal under Miri", schedules::miri)?;
     }
     if args.quick {
         return Ok(());
