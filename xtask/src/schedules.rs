@@ -53,6 +53,8 @@ const SUITES: [Suite; 2] = [
             "map::",
             "crc::",
             "--skip",
+            "bitmap::",
+            "--skip",
             "flipped",
         ],
     },
