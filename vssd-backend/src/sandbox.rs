@@ -256,7 +256,8 @@ pub fn prepare(files: &Files) -> Result<(), SandboxError> {
     Ok(())
 }
 
-/// The C library's allocator would read the number of processors from a file when a thread needs an arena. It is told now.
+/// The C library's allocator would read the number of processors from a file when a thread needs an arena, and whether memory is
+/// overcommitted when it first gives some of an arena back. The one it is told now, the other it is made to look up.
 fn settle_allocator() {
     #[cfg(target_env = "gnu")]
     {
@@ -264,6 +265,9 @@ fn settle_allocator() {
         let arenas = libc::c_int::try_from(8 * processors).unwrap_or(libc::c_int::MAX);
         // SAFETY: sets a number that the allocator looks at; eight arenas a processor is its own choice.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+        // Not in this thread, whose arena is another kind. Should the thread fail, one call more is refused later, which does no harm.
+        let give_back = || drop((0..32).map(|_| vec![1u8; 32 << 10]).collect::<Vec<_>>());
+        let _ = std::thread::spawn(give_back).join();
     }
 }
 
