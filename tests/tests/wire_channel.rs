@@ -49,6 +49,27 @@ fn is_zero(driver: &mut Driver, block: u32) -> Result<bool> {
     Ok(read.is_ok_and(|bytes| bytes.iter().all(|byte| *byte == 0)))
 }
 
+/// A worker that looks for work instead of sleeping hears of replies and of queues that are to stop all the same.
+#[test]
+fn worker_that_looks_for_work_answers_the_guest_channel_and_stops_its_queues() -> Result<()> {
+    let mut site = Site::with(Medium::Nvram, 100, &[], &["--workers=1", "--poll-us=60000"])?;
+    site.operator.create("vm1", SIZE, &json!({}))?;
+    let mut slowest = Duration::ZERO;
+    for _ in 0..3 {
+        let mut machine = Machine::start(&site.socket("vm1"), Options::default())?;
+        let mut driver = Driver::start(machine.take_queue(0)?)?;
+        for _ in 0..100 {
+            is_zero(&mut driver, 0)?;
+            let since = Instant::now();
+            driver.state(0)?;
+            slowest = slowest.max(since.elapsed());
+        }
+    }
+    println!("300 calls, the slowest took {slowest:?}");
+    ensure!(slowest < Duration::from_secs(1), "a reply took {slowest:?}");
+    site.finish()
+}
+
 /// V-14, V-17, V-15.
 #[test]
 fn hello_says_what_the_vssd_is_and_begins_a_session_of_its_own() -> Result<()> {

@@ -229,6 +229,9 @@ impl Worker {
             if self.ready.is_empty() && !self.look() {
                 self.ask_for_kicks();
             }
+            if self.exit {
+                break;
+            }
             if self.ready.is_empty() || rounds >= ROUNDS_WITHOUT_EPOLL {
                 self.wait()?;
                 rounds = 0;
@@ -297,8 +300,9 @@ impl Worker {
             }
             if self.mailbox.has_mail() {
                 self.obey();
+                self.publish();
             }
-            if !self.ready.is_empty() {
+            if !self.ready.is_empty() || self.exit {
                 self.poller.found();
                 return true;
             }
