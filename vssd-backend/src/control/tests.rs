@@ -643,9 +643,11 @@ fn force_is_stored_with_the_target_it_is_for() {
     client.ok("device.resize", forced);
     let policy: Value = serde_json::from_str(&stored(&daemon)).unwrap();
     assert_eq!(policy["deadline"]["on_timeout"], "force", "{policy}");
-    client.ok("device.resize", resize("vm1", 4 * MIB));
-    let policy: Value = serde_json::from_str(&stored(&daemon)).unwrap();
-    assert_eq!(policy["deadline"], Value::Null, "a grow forces nothing: {policy}");
+    for (bytes, what) in [(2 * MIB, "the same wish without force"), (4 * MIB, "a grow")] {
+        client.ok("device.resize", resize("vm1", bytes));
+        let policy: Value = serde_json::from_str(&stored(&daemon)).unwrap();
+        assert_eq!(policy["deadline"], Value::Null, "{what} forces nothing: {policy}");
+    }
 }
 
 /// protocol.md: V-22.

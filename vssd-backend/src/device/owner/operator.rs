@@ -172,7 +172,8 @@ impl Owner {
                 .map(|ms| Deadline { unix_ms: now.saturating_add(ms), on_timeout: plan.on_timeout })
         }
         .filter(|_| plan.to < plan.from);
-        if plan.to != negotiation.requested() || deadline.is_some() {
+        // Also when only a deadline goes: it may be one that forces.
+        if plan.to != negotiation.requested() || deadline != stored_deadline(device) {
             self.store_requested(id, plan.to, deadline).map_err(|e| self.pool_fault(&e))?;
         }
         info!(
@@ -227,9 +228,8 @@ impl Owner {
             deadline_ms: params.deadline_ms.unwrap_or(old.deadline_ms),
             pull: params.pull.unwrap_or(old.pull),
         };
-        let attrs = device.vssd.attrs();
-        let deadline = Stored::decode(&attrs.policy).unwrap_or_default().deadline;
-        let attrs = VssdAttrs { min_blocks: min, policy: encode(&Stored { policy, deadline })?, ..attrs };
+        let stored = encode(&Stored { policy, deadline: stored_deadline(device) })?;
+        let attrs = VssdAttrs { min_blocks: min, policy: stored, ..device.vssd.attrs() };
         if total > old_total {
             self.pool.extend_vssd(id, total).map_err(|e| self.pool_fault(&e))?;
         }
@@ -417,6 +417,11 @@ impl Owner {
             io: IoCounters::default(),
         }
     }
+}
+
+/// The deadline that a restart of the daemon would go by.
+fn stored_deadline(device: &Device) -> Option<Deadline> {
+    Stored::decode(&device.vssd.attrs().policy).unwrap_or_default().deadline
 }
 
 fn encode(stored: &Stored) -> Answer<String> {
