@@ -66,6 +66,22 @@ pub struct Budget {
     pub pool_failures: u8,
 }
 
+impl Budget {
+    pub const NONE: Self = Self {
+        orders: 0,
+        kills: 0,
+        reboots: 0,
+        power_offs: 0,
+        hang_ups: 0,
+        pauses: 0,
+        lost: 0,
+        gifts: 0,
+        pulls: 0,
+        writes: 0,
+        pool_failures: 0,
+    };
+}
+
 impl fmt::Display for Budget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bounds = [
@@ -139,19 +155,7 @@ impl Scene {
         reboots_into: &[Kind::Vssd, Kind::Stock],
         pull: PullPolicy::Grant,
         wishes: &[Wish::to(1), Wish::to(4)],
-        budget: Budget {
-            orders: 2,
-            kills: 0,
-            reboots: 0,
-            power_offs: 0,
-            hang_ups: 0,
-            pauses: 0,
-            lost: 0,
-            gifts: 0,
-            pulls: 0,
-            writes: 0,
-            pool_failures: 0,
-        },
+        budget: Budget { orders: 2, ..Budget::NONE },
         sabotage: None,
     };
 }

@@ -11,19 +11,7 @@ use std::thread;
 use vssd_model::{Blocks, Budget, Kind, Rule, Sabotage, Scene, Wish, check};
 use vssd_protocol::control::OnTimeout;
 
-const NONE: Budget = Budget {
-    orders: 0,
-    kills: 0,
-    reboots: 0,
-    power_offs: 0,
-    hang_ups: 0,
-    pauses: 0,
-    lost: 0,
-    gifts: 0,
-    pulls: 0,
-    writes: 0,
-    pool_failures: 0,
-};
+const NONE: Budget = Budget::NONE;
 
 /// Every policy, and force.
 const TIMED: &[Wish] = &[
