@@ -606,6 +606,10 @@ pub struct PoolStatus {
     pub problem: Option<String>,
     pub media: Vec<MediumInfo>,
     pub devices: u32,
+    /// System calls that the daemon's sandbox refused since it started. Anything but 0 is a mistake in it or an attack; its
+    /// log says which.
+    #[serde(default)]
+    pub refused_calls: u64,
 }
 
 /// `events.subscribe`. Answer: [`Subscribed`], then [`method::EVENT`] notifications.
