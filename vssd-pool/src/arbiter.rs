@@ -69,6 +69,11 @@ impl Capacity {
         }
     }
 
+    /// How far a vSSD's promise, now `current`, may be raised, given the promises of all others.
+    pub(crate) fn promisable_to(&self, others: &[Promise], current: Promise) -> u64 {
+        self.available(others, current.class).max(current.blocks.into())
+    }
+
     /// Whether a vSSD's promise may change from `current` (`None` for a new one) to `wanted`, given the
     /// promises of all others. Keeping or lowering one within its class is always granted.
     pub(crate) fn admit(

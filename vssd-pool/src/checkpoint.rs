@@ -34,17 +34,18 @@ use vssd_protocol::units::{BlockIndex, PhysicalBlock};
 use crate::bitmap::Bitmap;
 use crate::crc::{Crc, crc32c};
 use crate::error::{Error, Result};
-use crate::journal::PAGE;
+use crate::journal::{NUMBERS, PAGE};
 use crate::map::{Entry, Map, most_blocks};
-use crate::record::{Meta, decode_meta, encode_meta};
+use crate::record::{MAX_ENTRY, Meta, decode_meta, encode_meta};
 use crate::state::State;
 use crate::store::Store;
-use crate::superblock::ENTRY_ROOM;
 use crate::types::Uuid;
 
 const MAGIC: &[u8; 8] = b"vSSDckpt";
 const RUN: usize = 12;
 const END_MARK: u32 = u32::MAX;
+/// Room that a directory entry takes: its length before it, its runs' end mark behind.
+const ENTRY_ROOM: u64 = 4 + MAX_ENTRY as u64 + RUN as u64;
 /// Bytes written at a time.
 const PIECE: usize = 1 << 20;
 
@@ -203,7 +204,9 @@ fn parse_header(page: &mut [u8; PAGE], pool: Uuid, slot_len: u64) -> Option<Head
     let crc = word(8)?;
     let is_ours = page[..8] == MAGIC[..] && page[16..32] == pool.0;
     page[8..12].fill(0);
-    let is_sane = header.body_len <= slot_len - PAGE as u64 && (1..u64::MAX / 2).contains(&header.begin);
+    let is_sane = header.body_len <= slot_len - PAGE as u64
+        && header.number < NUMBERS
+        && (1..NUMBERS).contains(&header.begin);
     (is_ours && crc32c(page) == crc && is_sane).then_some(header)
 }
 
@@ -307,11 +310,31 @@ mod tests {
     }
 
     fn write_sample(store: &MemStore) -> (Meta, Map, Bitmap) {
+        write_numbered(store, (9, 77))
+    }
+
+    fn write_numbered(store: &MemStore, (number, begin): (u64, u64)) -> (Meta, Map, Bitmap) {
         let (meta, map, clean) = sample();
         let mut list = vec![(meta.clone(), &map)].into_iter();
         let contents = Contents { next_id: 5, vssds: &mut list, clean: &clean };
-        write(store, slot(), POOL, (9, 77), contents, || Ok(())).unwrap();
+        write(store, slot(), POOL, (number, begin), contents, || Ok(())).unwrap();
         (meta, map, clean)
+    }
+
+    #[test]
+    fn numbers_that_could_not_be_counted_on_are_no_checkpoint() {
+        let store = MemStore::new(MediumKind::Nvram, 1 << 20);
+        for (numbers, counts) in [
+            ((9, 77), true),
+            ((u64::MAX, 77), false),
+            ((9, u64::MAX), false),
+            ((9, 0), false),
+            ((0, 1), true),
+        ] {
+            write_numbered(&store, numbers);
+            let found = read(&store, slot(), POOL, TOTAL).unwrap();
+            assert_eq!(matches!(found, Found::Good(..)), counts, "{numbers:?}: {found:?}");
+        }
     }
 
     #[test]

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use vssd_protocol::units::{BlockSize, PhysicalBlock};
 
+use crate::arbiter::Capacity;
+use crate::command::Command;
 use crate::error::{Error, Result};
 use crate::grace::{Grace, MAX_LANES};
 use crate::journal::{Journal, Ledger};
-use crate::keeper::Command;
 use crate::lock;
 use crate::sabotage::{Sabotage, active};
 use crate::store::Store;
@@ -249,11 +250,8 @@ impl Core {
 }
 
 impl Core {
-    pub(crate) fn capacity(&self) -> crate::arbiter::Capacity {
-        crate::arbiter::Capacity {
-            physical: self.layout.blocks,
-            overcommit_percent: self.layout.overcommit_percent,
-        }
+    pub(crate) fn capacity(&self) -> Capacity {
+        self.layout.capacity()
     }
 
     pub(crate) fn vssds(&self) -> Vec<Arc<Vssd>> {

@@ -49,6 +49,8 @@ use crate::store::Store;
 use crate::types::Uuid;
 
 pub(crate) const PAGE: usize = 4096;
+/// Pages and checkpoints on a medium have lower numbers: higher ones could overflow when counting on, and no pool lives that long.
+pub(crate) const NUMBERS: u64 = u64::MAX / 2;
 const HEADER: usize = 64;
 const MAGIC: u32 = u32::from_le_bytes(*b"VJPG");
 
@@ -431,9 +433,8 @@ fn parse_header(page: &[u8], pool: Uuid) -> Option<(u64, u64, usize)> {
     crc.update(&[0; 4]);
     crc.update(&page[8..HEADER + len]);
     let (sequence, group_start) = (long(8)?, long(16)?);
-    // The highest numbers would overflow when counting on; no pool lives that long.
     let is_whole = crc.finish() == word(4)? || active(Sabotage::IgnoreJournalChecksum);
-    (is_whole && group_start <= sequence && sequence < u64::MAX / 2).then_some((sequence, group_start, len))
+    (is_whole && group_start <= sequence && sequence < NUMBERS).then_some((sequence, group_start, len))
 }
 
 #[cfg(test)]

@@ -11,74 +11,36 @@
 //! Between appending a record and making its change in the map no checkpoint may begin, or the
 //! checkpoint would claim to contain a change that it does not. Each step here that appends also finishes.
 
-use std::collections::BTreeMap;
+mod resize;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
-use vssd_protocol::units::{BlockIndex, BlockRange};
+use vssd_protocol::units::BlockIndex;
 
 use crate::arbiter::{Capacity, Promise};
 use crate::checkpoint::{self, Contents, Slot};
+use crate::command::Command;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::journal::RECORDS_PER_PAGE;
 use crate::lock;
 use crate::map::{Entry, Map, most_blocks};
-use crate::pool::ResizeDone;
 use crate::record::{MAX_NAME, MAX_POLICY, Meta, Record};
 use crate::sabotage::{Sabotage, active};
-use crate::types::{Class, MediumKind, RangeStatus, Uuid, VssdAttrs, VssdId, VssdSpec};
+use crate::turns::Pace;
+use crate::types::{Class, MediumKind, Uuid, VssdAttrs, VssdId, VssdSpec};
 use crate::vssd::Vssd;
+
+use resize::Step;
 
 /// How long a sleeping keeper lets waiting lanes go without a look at their deadlines.
 const TICK: Duration = Duration::from_millis(50);
 /// Blocks released under one hold of the ledger's lock.
-const RELEASE_AT_ONCE: usize = 1024;
-
-pub(crate) type Reply<T> = SyncSender<Result<T>>;
-
-/// What the keeper is asked to do.
-pub(crate) enum Command {
-    Create(Box<VssdSpec>, Reply<Arc<Vssd>>),
-    Delete(VssdId, Reply<()>),
-    SetAttrs(VssdId, Box<VssdAttrs>, Reply<()>),
-    Extend(VssdId, u32, Reply<()>),
-    Unplug(Resize),
-    Plug(Resize, u32),
-    Checkpoint(Reply<()>),
-}
-
-impl std::fmt::Debug for Command {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Create(..) => "Create",
-            Self::Delete(..) => "Delete",
-            Self::SetAttrs(..) => "SetAttrs",
-            Self::Extend(..) => "Extend",
-            Self::Unplug(..) => "Unplug",
-            Self::Plug(..) => "Plug",
-            Self::Checkpoint(..) => "Checkpoint",
-        })
-    }
-}
-
-/// A plug or unplug under way.
-pub(crate) struct Resize {
-    pub(crate) id: VssdId,
-    pub(crate) ranges: Vec<BlockRange>,
-    /// Unplug: leave alone what holds data.
-    pub(crate) empty_only: bool,
-    pub(crate) done: ResizeDone,
-}
-
-/// A part of a resize that one record tells of.
-struct Step {
-    vssd: Arc<Vssd>,
-    start: u32,
-    count: u32,
-}
+const RELEASE_AT_ONCE: usize = 256;
+/// Records appended under one.
+const APPENDED_AT_ONCE: usize = 128;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -87,11 +49,12 @@ pub(crate) struct Keeper {
     next_id: u32,
     /// The number of the newest checkpoint, which slot it is in, and where its replay begins.
     checkpoint: (u64, usize, u64),
+    pace: Pace,
 }
 
 impl Keeper {
     pub(crate) fn new(core: Arc<Core>, next_id: u32, checkpoint: (u64, usize, u64)) -> Self {
-        Self { core, next_id, checkpoint }
+        Self { core, next_id, checkpoint, pace: Pace::default() }
     }
 
     /// The keeper's thread.
@@ -103,6 +66,7 @@ impl Keeper {
             }
             let waits = self.core.any_lane_waits();
             self.core.keeper_bell.wait(waits.then_some(TICK));
+            self.pace.has_slept();
             if waits {
                 self.core.wake_lanes();
             }
@@ -121,11 +85,11 @@ impl Keeper {
                 Command::SetAttrs(id, attrs, reply) => drop(reply.send(self.set_attrs(id, *attrs))),
                 Command::Extend(id, blocks, reply) => drop(reply.send(self.extend(id, blocks))),
                 Command::Checkpoint(reply) => drop(reply.send(self.take_checkpoint())),
-                Command::Unplug(first) => {
-                    let mut group = vec![first];
-                    while let Some(Command::Unplug(_)) = commands.front() {
-                        if let Some(Command::Unplug(next)) = commands.pop_front() {
-                            group.push(next);
+                Command::Unplug(first, empty_only) => {
+                    let mut group = vec![(first, empty_only)];
+                    while let Some(Command::Unplug(..)) = commands.front() {
+                        if let Some(Command::Unplug(next, empty_only)) = commands.pop_front() {
+                            group.push((next, empty_only));
                         }
                     }
                     self.unplug(group);
@@ -179,20 +143,23 @@ impl Keeper {
     /// How many records may be appended between two checks for room.
     fn records_at_once(&self) -> usize {
         let pages = usize::try_from(self.core.keeper_room() / 2).unwrap_or(usize::MAX);
-        (pages * RECORDS_PER_PAGE).min(1 << 14)
+        // Where a commit costs nothing beside its bytes, lanes need not wait for a long one.
+        let most = if self.core.journal.is_instant() { 1 << 9 } else { 1 << 14 };
+        (pages * RECORDS_PER_PAGE).min(most)
     }
 
     /// Appends records and makes them durable; takes a checkpoint first where the journal is short of room.
     fn journal(&mut self, records: impl IntoIterator<Item = Record>) -> Result<()> {
         self.core.journal.health()?;
         self.make_room()?;
-        let position = {
+        let mut records = records.into_iter().peekable();
+        let mut position = 0;
+        while records.peek().is_some() {
             let mut ledger = self.core.journal.ledger();
-            for record in records {
-                ledger.buffer.append(&record);
+            for record in records.by_ref().take(APPENDED_AT_ONCE) {
+                position = ledger.buffer.append(&record);
             }
-            ledger.buffer.position()
-        };
+        }
         self.core.journal.commit(position)?;
         self.core.wake_lanes();
         Ok(())
@@ -262,24 +229,23 @@ impl Keeper {
 
     fn delete(&mut self, id: VssdId) -> Result<()> {
         let vssd = self.find(id)?;
-        let whole = Step { start: 0, count: vssd.total_blocks(), vssd };
-        fence(&whole);
+        let whole = Step { start: 0, count: vssd.total_blocks(), vssd: &vssd };
+        whole.fence(&self.pace);
         let result = if self.core.grace.synchronize(&self.core.stop) {
             self.journal([Record::Delete { vssd: id }])
         } else {
             Err(Error::Busy { what: "the pool".to_owned() })
         };
         if let Err(error) = result {
-            unfence(&whole);
+            whole.unfence();
             self.core.wake_lanes();
             return Err(error);
         }
-        whole.vssd.set_deleted();
-        self.drop_from_map(&whole);
+        vssd.set_deleted();
+        self.drop_from_map(&[whole]);
         self.core.vssds_mut().remove(&id);
         self.refresh_promises();
         self.core.wake_lanes();
-        self.core.scrub_bell.ring();
         Ok(())
     }
 
@@ -311,152 +277,6 @@ impl Keeper {
         self.journal([Record::Vssd { meta: Box::new(meta), new: None }])?;
         vssd.map().extend(blocks);
         Ok(())
-    }
-
-    fn unplug(&mut self, group: Vec<Resize>) {
-        // What each vSSD loses in this group, in blocks.
-        let mut going: BTreeMap<VssdId, u32> = BTreeMap::new();
-        let mut steps = Vec::new();
-        let mut answers = Vec::new();
-        for Resize { id, ranges, empty_only, done } in group {
-            let vssd = match self.find(id) {
-                Ok(vssd) => vssd,
-                Err(error) => {
-                    done(Err(error));
-                    continue;
-                }
-            };
-            let going = going.entry(id).or_default();
-            let min = vssd.attrs().min_blocks;
-            let mut choose = |range| choose_unplug(&vssd, range, empty_only, min, going, &mut steps);
-            let statuses = ranges.into_iter().map(&mut choose).collect();
-            answers.push((done, statuses));
-        }
-        let result = self.unplug_steps(&steps);
-        self.finish_resize(answers, result);
-        self.core.scrub_bell.ring();
-    }
-
-    fn unplug_steps(&mut self, steps: &[Step]) -> Result<()> {
-        let mut result = if steps.is_empty() || self.core.grace.synchronize(&self.core.stop) {
-            Ok(())
-        } else {
-            Err(Error::Busy { what: "the pool".to_owned() })
-        };
-        for chunk in steps.chunks(self.records_at_once()) {
-            if result.is_ok() {
-                let record = |step: &Step| Record::Unplug {
-                    vssd: step.vssd.id(),
-                    start: step.start,
-                    count: step.count,
-                };
-                result = self.journal(chunk.iter().map(record));
-            }
-            for step in chunk {
-                if result.is_ok() { self.drop_from_map(step) } else { unfence(step) }
-            }
-        }
-        result
-    }
-
-    /// Unplugs fenced blocks in the map and gives their physical blocks to the scrubber.
-    fn drop_from_map(&self, step: &Step) {
-        let map = step.vssd.map();
-        let mut plugged = 0;
-        let mut freed = Vec::with_capacity(RELEASE_AT_ONCE.min(step.count as usize));
-        let release = |freed: &mut Vec<_>| {
-            let mut ledger = self.core.journal.ledger();
-            let class = step.vssd.class();
-            step.vssd.sub_allocated(u32::try_from(freed.len()).unwrap_or(0));
-            freed.drain(..).for_each(|block| ledger.blocks.release(block, class));
-        };
-        for block in (step.start..step.start + step.count).map(BlockIndex) {
-            let entry = map.get(block);
-            plugged += u32::from(entry.is_plugged());
-            map.set(block, Entry::UNPLUGGED);
-            if let Some(physical) = entry.physical() {
-                freed.push(physical);
-                if freed.len() == RELEASE_AT_ONCE {
-                    release(&mut freed);
-                }
-            }
-        }
-        release(&mut freed);
-        step.vssd.sub_plugged(plugged);
-    }
-
-    fn plug(&mut self, group: Vec<(Resize, u32)>) {
-        // What each vSSD was given in this group, in blocks.
-        let mut given: BTreeMap<VssdId, u32> = BTreeMap::new();
-        let mut promises: Vec<_> = self.core.vssds().iter().map(|vssd| (vssd.id(), vssd.promise())).collect();
-        let mut steps = Vec::new();
-        let mut answers = Vec::new();
-        for (Resize { id, ranges, done, .. }, limit) in group {
-            let vssd = match self.find(id) {
-                Ok(vssd) => vssd,
-                Err(error) => {
-                    done(Err(error));
-                    continue;
-                }
-            };
-            let given = given.entry(id).or_default();
-            let mut statuses = Vec::with_capacity(ranges.len());
-            for range in ranges {
-                statuses.push(choose_plug(
-                    &vssd,
-                    range,
-                    limit,
-                    given,
-                    &mut promises,
-                    self.core.capacity(),
-                    &mut steps,
-                ));
-            }
-            answers.push((done, statuses));
-        }
-        let result = self.plug_steps(&steps);
-        self.finish_resize(answers, result);
-    }
-
-    fn plug_steps(&mut self, steps: &[Step]) -> Result<()> {
-        let mut result = Ok(());
-        for chunk in steps.chunks(self.records_at_once()) {
-            if result.is_ok() {
-                let record =
-                    |step: &Step| Record::Plug { vssd: step.vssd.id(), start: step.start, count: step.count };
-                result = self.journal(chunk.iter().map(record));
-            }
-            for step in chunk {
-                let entry = if result.is_ok() { Entry::EMPTY } else { Entry::UNPLUGGED };
-                for block in (step.start..step.start + step.count).map(BlockIndex) {
-                    step.vssd.map().set(block, entry);
-                }
-                step.vssd.add_plugged(if result.is_ok() { step.count } else { 0 });
-            }
-        }
-        result
-    }
-
-    fn finish_resize(&mut self, answers: Vec<(ResizeDone, Vec<RangeStatus>)>, result: Result<()>) {
-        self.refresh_promises();
-        self.core.wake_lanes();
-        match result {
-            Ok(()) => answers.into_iter().for_each(|(done, statuses)| done(Ok(statuses))),
-            Err(error) => {
-                // Errors are not cloneable; all but the first to hear are told where the pool stands now.
-                let mut error = Some(error);
-                for (done, _) in answers {
-                    let again = || {
-                        self.core
-                            .journal
-                            .health()
-                            .err()
-                            .unwrap_or(Error::Busy { what: "the pool".to_owned() })
-                    };
-                    done(Err(error.take().unwrap_or_else(again)));
-                }
-            }
-        }
     }
 
     fn checkpoint_is_due(&self) -> bool {
@@ -518,121 +338,6 @@ impl Drop for NobodyWaitsForTheDead {
             self.0.closing.store(true, Ordering::Release);
             commands.clear();
         }
-    }
-}
-
-fn fence(step: &Step) {
-    for block in (step.start..step.start + step.count).map(BlockIndex) {
-        step.vssd.map().fence(block);
-    }
-}
-
-fn unfence(step: &Step) {
-    for block in (step.start..step.start + step.count).map(BlockIndex) {
-        step.vssd.map().unfence(block);
-    }
-}
-
-fn holds_data(step: &Step) -> bool {
-    let mut blocks = (step.start..step.start + step.count).map(BlockIndex);
-    blocks.any(|block| step.vssd.map().get(block).physical().is_some())
-}
-
-/// Decides on one range of an unplug and fences what it will take.
-fn choose_unplug(
-    vssd: &Arc<Vssd>,
-    range: BlockRange,
-    empty_only: bool,
-    min_blocks: u32,
-    going: &mut u32,
-    steps: &mut Vec<Step>,
-) -> RangeStatus {
-    if !range.is_within(vssd.total_blocks()) {
-        return RangeStatus::Range;
-    }
-    // Fenced blocks are those that an earlier range of this group takes.
-    let goes = |block: u32| {
-        let entry = vssd.map().get(BlockIndex(block));
-        entry.is_plugged() && !entry.is_fenced()
-    };
-    let count = (range.start..range.start + range.count).filter(|&block| goes(block)).count();
-    let Ok(count @ 1..) = u32::try_from(count) else { return RangeStatus::Already };
-    if vssd.plugged_blocks().saturating_sub(*going).saturating_sub(count) < min_blocks {
-        return RangeStatus::Protected;
-    }
-    // Steps are made of exactly the blocks that go, so that their sum is what the vSSD loses.
-    let first = steps.len();
-    for_runs(range, goes, |start, count| {
-        let step = Step { vssd: Arc::clone(vssd), start, count };
-        fence(&step);
-        steps.push(step);
-    });
-    // Looked at behind the fence, where no block gets its first data any more.
-    if empty_only && steps[first..].iter().any(holds_data) {
-        steps.drain(first..).for_each(|step| unfence(&step));
-        return RangeStatus::Busy;
-    }
-    *going += count;
-    RangeStatus::Ok
-}
-
-/// Decides on one range of a plug. What it will give is fenced, which tells it from what is still free.
-fn choose_plug(
-    vssd: &Arc<Vssd>,
-    range: BlockRange,
-    limit: u32,
-    given: &mut u32,
-    promises: &mut [(VssdId, Promise)],
-    capacity: Capacity,
-    steps: &mut Vec<Step>,
-) -> RangeStatus {
-    if !range.is_within(vssd.total_blocks()) {
-        return RangeStatus::Range;
-    }
-    let comes = |block: u32| {
-        let entry = vssd.map().get(BlockIndex(block));
-        !entry.is_plugged() && !entry.is_fenced()
-    };
-    let count = (range.start..range.start + range.count).filter(|&block| comes(block)).count();
-    let Ok(count @ 1..) = u32::try_from(count) else { return RangeStatus::Already };
-    let Some(plugged) = vssd.plugged_blocks().checked_add(*given).and_then(|sum| sum.checked_add(count))
-    else {
-        return RangeStatus::Range;
-    };
-    if plugged > limit {
-        return RangeStatus::Limit;
-    }
-    let Some(mine) = promises.iter().position(|(id, _)| *id == vssd.id()) else { return RangeStatus::Range };
-    let current = promises[mine].1;
-    let wanted = Promise { blocks: current.blocks.max(plugged), ..current };
-    let others: Vec<_> =
-        promises.iter().filter(|(id, _)| *id != vssd.id()).map(|(_, promise)| *promise).collect();
-    if capacity.admit(&others, Some(current), wanted).is_err() {
-        return RangeStatus::NoSpace;
-    }
-    promises[mine].1 = wanted;
-    *given += count;
-    for_runs(range, comes, |start, count| {
-        let step = Step { vssd: Arc::clone(vssd), start, count };
-        fence(&step);
-        steps.push(step);
-    });
-    RangeStatus::Ok
-}
-
-/// Calls `each` with every maximal run within `range` of blocks that are `wanted` (asked before `each`
-/// changes them).
-fn for_runs(range: BlockRange, wanted: impl Fn(u32) -> bool, mut each: impl FnMut(u32, u32)) {
-    let end = range.start + range.count;
-    let mut at = range.start;
-    while at < end {
-        let count = (at..end).take_while(|&block| wanted(block)).count();
-        // At most range.count, which is a u32.
-        let count = u32::try_from(count).unwrap_or(0);
-        if count > 0 {
-            each(at, count);
-        }
-        at += count.max(1);
     }
 }
 

@@ -29,6 +29,7 @@ mod bitmap;
 mod blocks;
 mod check;
 mod checkpoint;
+mod command;
 mod core;
 mod crc;
 mod error;
@@ -47,17 +48,20 @@ mod state;
 pub mod store;
 mod superblock;
 mod sync;
+pub mod turns;
 mod types;
 mod vssd;
 
 pub use check::{CheckOptions, CheckReport, Finding, Severity};
+pub use command::ResizeDone;
 pub use error::{Error, Result};
 pub use lane::Lane;
-pub use pool::{Pool, ResizeDone};
+pub use pool::Pool;
 pub use superblock::medium_bytes;
 pub use types::{
     Cache, Class, CreateOptions, IoError, MediumInfo, MediumKind, MediumPath, MediumSpec, OpenOptions,
-    Persistence, PoolInfo, RangeStatus, Submitted, Uuid, VssdAttrs, VssdId, VssdSpec, VssdStats,
+    Persistence, PoolInfo, PoolThread, RangeStatus, Submitted, ThreadStart, Uuid, VssdAttrs, VssdId,
+    VssdSpec, VssdStats,
 };
 pub use vssd::Vssd;
 pub use vssd_protocol::units::{BlockIndex, BlockRange, BlockSize, PhysicalBlock};

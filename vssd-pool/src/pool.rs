@@ -4,7 +4,7 @@
 //! keeper, the scrubber and the lanes; this module starts them, asks them and stops them.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -15,11 +15,12 @@ use crate::bitmap::Bitmap;
 use crate::blocks::Blocks;
 use crate::check::{self, CheckOptions, CheckReport};
 use crate::checkpoint::{self, Contents, Slot};
+use crate::command::{Command, Reply, Resize, ResizeDone};
 use crate::core::{Bell, Core, LaneSlot};
 use crate::error::{Error, Result};
 use crate::grace::Grace;
 use crate::journal::Journal;
-use crate::keeper::{Command, Keeper, Reply, Resize};
+use crate::keeper::Keeper;
 use crate::lane::Lane;
 use crate::lock;
 use crate::record::MAX_NAME;
@@ -29,14 +30,10 @@ use crate::scrub::{self, Round};
 use crate::store::{self, Store};
 use crate::superblock::{self, COPIES, HEADER, SIZE, Superblock};
 use crate::types::{
-    CreateOptions, MediumInfo, MediumKind, MediumPath, OpenOptions, PoolInfo, RangeStatus, VssdAttrs, VssdId,
-    VssdSpec,
+    CreateOptions, MediumInfo, MediumKind, MediumPath, OpenOptions, PoolInfo, PoolThread, RangeStatus,
+    ThreadStart, VssdAttrs, VssdId, VssdSpec,
 };
 use crate::vssd::Vssd;
-
-/// Called once on the keeper's thread with one status a range, in order. It must only hand over: it must
-/// not block and must not call the pool's waiting methods.
-pub type ResizeDone = Box<dyn FnOnce(Result<Vec<RangeStatus>>) + Send>;
 
 /// An open pool. Dropping the last handle closes it in order.
 #[derive(Debug)]
@@ -49,8 +46,10 @@ pub struct Pool {
 #[derive(Debug)]
 enum Background {
     Threads {
-        keeper: JoinHandle<Keeper>,
+        keeper: JoinHandle<Result<()>>,
         others: Vec<JoinHandle<()>>,
+        /// Tells the keeper that the others have ended: the final checkpoint can be taken.
+        last: SyncSender<()>,
     },
     /// Whoever calls [`Pool::run_background`], and the waiting methods for themselves.
     Caller(Box<Keeper>),
@@ -224,7 +223,7 @@ impl Pool {
             core.scrub_bell.ring();
         }
         let background = if options.threads && !options.read_only {
-            start(&core, keeper)?
+            start(&core, keeper, options.thread_start.as_ref())?
         } else {
             Background::Caller(Box::new(keeper))
         };
@@ -246,13 +245,14 @@ impl Pool {
     /// Dropping the pool does the same but cannot report what went wrong.
     pub fn close(&self) -> Result<()> {
         let mut background = lock(&self.background);
-        let mut keeper = match std::mem::replace(&mut *background, Background::Closed) {
-            Background::Closed => return Ok(()),
+        match std::mem::replace(&mut *background, Background::Closed) {
+            Background::Closed => Ok(()),
             Background::Caller(keeper) => {
                 self.refuse_commands();
-                *keeper
+                self.core.stop.store(true, Ordering::Release);
+                finish(&self.core, *keeper)
             }
-            Background::Threads { keeper, others } => {
+            Background::Threads { keeper, others, last } => {
                 self.refuse_commands();
                 self.core.stop.store(true, Ordering::Release);
                 self.core.keeper_bell.ring();
@@ -260,28 +260,15 @@ impl Pool {
                 self.core.commit_bell.ring();
                 let dead = || Error::Busy { what: "a background thread died; the pool".to_owned() };
                 let results: Vec<_> = others.into_iter().map(JoinHandle::join).collect();
-                let keeper = keeper.join().map_err(|_| dead())?;
-                if results.iter().any(std::result::Result::is_err) {
-                    return Err(dead());
+                let are_well = results.iter().all(std::result::Result::is_ok);
+                if are_well {
+                    let _ = last.send(());
                 }
-                keeper
+                drop(last);
+                let result = keeper.join().map_err(|_| dead())?;
+                if are_well { result } else { Err(dead()) }
             }
-        };
-        // What was asked too late finds the grace periods cut short and is told so; the map stays as it was.
-        self.core.stop.store(true, Ordering::Release);
-        keeper.step();
-        if self.core.read_only {
-            return Ok(());
         }
-        self.core.journal.health()?;
-        self.core.sync_all()?;
-        // Nothing was written to the blocks in reserve, and since `closing` nobody takes one. The checkpoint
-        // says so; no record need, for without it they are merely zeroed again.
-        self.core.journal.ledger().blocks.return_reserve();
-        let result = keeper.take_checkpoint();
-        // Whatever lanes wait for, it will not come, or it has come just now.
-        self.core.wake_lanes();
-        result
     }
 
     fn refuse_commands(&self) {
@@ -318,7 +305,7 @@ impl Pool {
                 persistence: medium.store.persistence(),
                 cache: medium.store.cache(),
                 bytes_written: medium.store.bytes_written() + by_lanes,
-                is_lost: medium.store.is_lost(),
+                is_lost: is_lost(&medium.store),
             })
         });
         let pages = core.journal.pages();
@@ -341,7 +328,7 @@ impl Pool {
             journal_bytes: pages * crate::journal::PAGE as u64,
             checkpoints: core.checkpoints.load(Ordering::Relaxed),
             logical_block_bytes: core.stores().filter_map(offset_align).max().unwrap_or(512).max(512),
-            failed: core.journal.has_failed() || core.stores().any(|store| store.is_lost()),
+            failed: core.journal.has_failed() || core.stores().any(is_lost),
         }
     }
 
@@ -391,26 +378,26 @@ impl Pool {
     /// Takes ranges from a vSSD: fences new I/O, waits for what is in flight, makes it durable, then calls
     /// `done`; the blocks are zeroed afterwards and only then lent again.
     pub fn unplug(&self, id: VssdId, ranges: Vec<BlockRange>, done: ResizeDone) {
-        self.post(Command::Unplug(Resize { id, ranges, empty_only: false, done }));
+        self.post(Command::Unplug(Resize { id, ranges, done }, false));
     }
 
     /// [`Pool::unplug`] of ranges in which no block holds data; one in which a block does is
     /// [`RangeStatus::Busy`] and unchanged, even if it got the data just before.
     pub fn unplug_empty(&self, id: VssdId, ranges: Vec<BlockRange>, done: ResizeDone) {
-        self.post(Command::Unplug(Resize { id, ranges, empty_only: true, done }));
+        self.post(Command::Unplug(Resize { id, ranges, done }, true));
     }
 
     /// Gives ranges to a vSSD, never so that it holds more than `limit_blocks`; they read as zeroes. Durable
     /// before `done` is called.
     pub fn plug(&self, id: VssdId, ranges: Vec<BlockRange>, limit_blocks: u32, done: ResizeDone) {
-        self.post(Command::Plug(Resize { id, ranges, empty_only: false, done }, limit_blocks));
+        self.post(Command::Plug(Resize { id, ranges, done }, limit_blocks));
     }
 
     /// [`Pool::unplug`] that waits. Not for the threads that run lanes: it waits for their batches to end.
     pub fn unplug_wait(&self, id: VssdId, ranges: Vec<BlockRange>) -> Result<Vec<RangeStatus>> {
         self.ask(|reply| {
             let done = Box::new(move |result| drop(reply.send(result)));
-            Command::Unplug(Resize { id, ranges, empty_only: false, done })
+            Command::Unplug(Resize { id, ranges, done }, false)
         })
     }
 
@@ -423,7 +410,7 @@ impl Pool {
     ) -> Result<Vec<RangeStatus>> {
         self.ask(|reply| {
             let done = Box::new(move |result| drop(reply.send(result)));
-            Command::Plug(Resize { id, ranges, empty_only: false, done }, limit_blocks)
+            Command::Plug(Resize { id, ranges, done }, limit_blocks)
         })
     }
 
@@ -475,7 +462,7 @@ impl Pool {
             | Command::SetAttrs(_, _, reply)
             | Command::Extend(_, _, reply)
             | Command::Checkpoint(reply) => drop(reply.send(Err(refusal()))),
-            Command::Unplug(resize) | Command::Plug(resize, _) => (resize.done)(Err(refusal())),
+            Command::Unplug(resize, _) | Command::Plug(resize, _) => (resize.done)(Err(refusal())),
         }
     }
 }
@@ -488,18 +475,56 @@ impl Drop for Pool {
     }
 }
 
-fn start(core: &Arc<Core>, keeper: Keeper) -> Result<Background> {
+/// The end of a pool: nothing works in the background any more.
+fn finish(core: &Core, mut keeper: Keeper) -> Result<()> {
+    // What was asked too late finds the grace periods cut short and is told so; the map stays as it was.
+    keeper.step();
+    if core.read_only {
+        return Ok(());
+    }
+    core.journal.health()?;
+    core.sync_all()?;
+    // Nothing was written to the blocks in reserve, and since `closing` nobody takes one. The checkpoint
+    // says so; no record need, for without it they are merely zeroed again.
+    core.journal.ledger().blocks.return_reserve();
+    let result = keeper.take_checkpoint();
+    // Whatever lanes wait for, it will not come, or it has come just now.
+    core.wake_lanes();
+    result
+}
+
+fn start(core: &Arc<Core>, keeper: Keeper, on_start: Option<&ThreadStart>) -> Result<Background> {
     let spawn_error = |source| Error::io("cannot start a thread", source);
     let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
+    let begin = |kind| {
+        let on_start = on_start.cloned();
+        move || on_start.into_iter().for_each(|hook| hook.call(kind))
+    };
     let mut others = Vec::new();
-    let scrub_core = Arc::clone(core);
-    others.push(thread("vssd-scrub").spawn(move || run_scrubber(&scrub_core)).map_err(spawn_error)?);
+    let (scrub_core, begin_scrub) = (Arc::clone(core), begin(PoolThread::Scrubber));
+    let scrub = move || {
+        begin_scrub();
+        run_scrubber(&scrub_core);
+    };
+    others.push(thread("vssd-scrub").spawn(scrub).map_err(spawn_error)?);
     if !core.journal.is_instant() {
-        let commit_core = Arc::clone(core);
-        others.push(thread("vssd-journal").spawn(move || run_committer(&commit_core)).map_err(spawn_error)?);
+        let (commit_core, begin_commit) = (Arc::clone(core), begin(PoolThread::Committer));
+        let commit = move || {
+            begin_commit();
+            run_committer(&commit_core);
+        };
+        others.push(thread("vssd-journal").spawn(commit).map_err(spawn_error)?);
     }
-    let keeper = thread("vssd-keeper").spawn(move || keeper.run()).map_err(spawn_error)?;
-    Ok(Background::Threads { keeper, others })
+    let (last, others_ended) = sync_channel(1);
+    let (keeper_core, begin_keeper) = (Arc::clone(core), begin(PoolThread::Keeper));
+    let keep = move || {
+        begin_keeper();
+        let keeper = keeper.run();
+        // Nobody says so when one of the others died.
+        others_ended.recv().map_or(Ok(()), |()| finish(&keeper_core, keeper))
+    };
+    let keeper = thread("vssd-keeper").spawn(keep).map_err(spawn_error)?;
+    Ok(Background::Threads { keeper, others, last })
 }
 
 fn run_scrubber(core: &Core) {
@@ -542,6 +567,11 @@ fn check_create(options: &CreateOptions) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a part of the medium is gone.
+fn is_lost(store: &Arc<dyn Store>) -> bool {
+    store.is_lost() || store.intact() < store.size()
 }
 
 /// Refuses a medium whose first MiB holds anything.

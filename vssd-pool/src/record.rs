@@ -112,10 +112,11 @@ impl Record {
         }
     }
 
-    /// The record at the start of `bytes` and how many slots it takes; `None` if it is none of ours.
+    /// The record at the start of `bytes` and how many slots it takes, all of which are there; `None` if it is none of ours.
     pub(crate) fn decode(bytes: &[u8]) -> Option<(Self, usize)> {
         let (&kind, &slots) = (bytes.first()?, bytes.get(1)?);
         let slots = usize::from(slots);
+        let bytes = bytes.get(..slots * SLOT)?;
         let flags = u16::from_le_bytes(bytes.get(2..4)?.try_into().ok()?);
         let word = |i: usize| Some(u32::from_le_bytes(bytes.get(4 + 4 * i..8 + 4 * i)?.try_into().ok()?));
         if kind == VSSD {
@@ -239,9 +240,11 @@ mod tests {
         ] {
             let mut bytes = vec![0; record.slots() * SLOT];
             record.encode(&mut bytes);
-            assert!(record.slots() * SLOT <= 8 + MAX_ENTRY + SLOT);
+            assert!(bytes.len() <= 8 + MAX_ENTRY + SLOT);
             assert_eq!(Record::decode(&bytes), Some((record.clone(), record.slots())), "{record:?}");
-            assert_eq!(Record::decode(&bytes[..bytes.len() / 2 - 8]), None, "cut {record:?}");
+            for len in 0..bytes.len() {
+                assert_eq!(Record::decode(&bytes[..len]), None, "{record:?} cut to {len} bytes");
+            }
         }
     }
 
@@ -255,6 +258,7 @@ mod tests {
             }
             if let Some((record, slots)) = Record::decode(&bytes) {
                 prop_assert_eq!(record.slots(), slots);
+                prop_assert!(slots * SLOT <= bytes.len(), "{} slots of {} bytes", slots, bytes.len());
             }
         }
     }

@@ -168,7 +168,7 @@ pub(crate) fn recover(media: &Media) -> Result<Recovered> {
     let scan = Scan::read(media.on(layout.journal_on)?, layout.journal, layout.pool).map_err(io_error)?;
     let end = scan.replay(header.begin, |record| state.apply(record))?;
     let next_page = scan.end().max(end);
-    let (leased, contradictions) = state.audit(layout);
+    let (leased, contradictions) = state.audit(&layout.capacity());
     Ok(Recovered {
         state,
         leased,

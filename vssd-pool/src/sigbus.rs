@@ -184,38 +184,39 @@ fn page_size(file: &File) -> io::Result<usize> {
     Ok(huge.or(usize::try_from(page).ok()).unwrap_or(4096))
 }
 
-fn install() {
+/// Installs the handler now and not with the first watch: for a process that soon may not.
+pub fn install() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
-        let action: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = handle;
-        set_action(action as libc::sighandler_t, libc::SA_SIGINFO | libc::SA_ONSTACK);
+        let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = handle;
+        // SAFETY: sigaction is plain data for which zeroes are valid; the call takes no pointer that outlives it. It cannot
+        // fail for SIGBUS and a valid structure.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = handler as libc::sighandler_t;
+            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+            libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut());
+        }
     });
 }
 
-fn set_action(handler: libc::sighandler_t, flags: libc::c_int) {
-    // SAFETY: sigaction is plain data for which zeroes are valid; the call takes no pointer that outlives it. It cannot fail
-    // for SIGBUS and a valid structure.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = handler;
-        action.sa_flags = flags;
-        libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut());
-    }
-}
-
 /// Async-signal-safe: atomics and system calls only.
-extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo; for SIGBUS it holds an address. errno is this thread's.
     let (code, address, errno) =
         unsafe { ((*info).si_code, (*info).si_addr().addr(), *libc::__errno_location()) };
     // Only the kernel sends positive codes; a signal from a process carries no address.
-    let repaired = code > 0 && repair(address);
-    if !repaired {
-        // The access is repeated when this returns, and then ends the process.
-        set_action(libc::SIG_DFL, 0);
-        if code <= 0 {
-            // SAFETY: raise has no preconditions.
-            unsafe { libc::raise(libc::SIGBUS) };
+    if code <= 0 {
+        // SAFETY: abort has no preconditions.
+        unsafe { libc::abort() };
+    }
+    if !repair(address) {
+        // The access is repeated when this returns, and a fault whose signal is blocked ends the process. (Bringing back the
+        // default action would take a call that a sandbox refuses.)
+        // SAFETY: with SA_SIGINFO the kernel passes a valid context, of which it takes the mask back.
+        unsafe {
+            let context = context.cast::<libc::ucontext_t>();
+            libc::sigaddset(&raw mut (*context).uc_sigmask, libc::SIGBUS);
         }
     }
     // SAFETY: as above.

@@ -13,7 +13,6 @@ use crate::blocks::PhysicalRun;
 use crate::error::{Error, Result};
 use crate::map::{Entry, Map, most_blocks};
 use crate::record::{Meta, Record};
-use crate::superblock::Layout;
 use crate::types::VssdId;
 
 /// See the module's text.
@@ -105,8 +104,8 @@ impl State {
 
     /// The blocks in maps, and everything that cannot be: a block with two owners, a clean block with an
     /// owner, a block that does not exist, two vSSDs of one name, more promised than there is.
-    pub(crate) fn audit(&self, layout: &Layout) -> (Bitmap, Vec<String>) {
-        let total = layout.total_blocks();
+    pub(crate) fn audit(&self, capacity: &Capacity) -> (Bitmap, Vec<String>) {
+        let total = capacity.physical.iter().sum();
         let mut leased = Bitmap::new(total);
         let mut findings = Vec::new();
         let mut names = std::collections::HashSet::new();
@@ -141,7 +140,6 @@ impl State {
             promises.push(Promise::new(plugged, meta.attrs.requested_blocks, meta.attrs.class));
         }
         let promised: u64 = promises.iter().map(|promise| u64::from(promise.blocks)).sum();
-        let capacity = Capacity { physical: layout.blocks, overcommit_percent: layout.overcommit_percent };
         if promised > capacity.promisable() {
             findings
                 .push(format!("{promised} blocks are promised, at most {} can be", capacity.promisable()));

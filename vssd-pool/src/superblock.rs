@@ -40,11 +40,12 @@ use std::path::Path;
 
 use vssd_protocol::units::BlockSize;
 
+use crate::arbiter::Capacity;
 use crate::crc::crc32c;
 use crate::error::{Error, Result};
 use crate::journal::{PAGE, Region};
 use crate::map::MAX_PHYSICAL_BLOCKS;
-use crate::record::{MAX_ENTRY, MAX_NAME};
+use crate::record::MAX_NAME;
 use crate::store::Store;
 use crate::types::{MediumKind, Uuid};
 
@@ -86,6 +87,10 @@ pub(crate) struct Superblock {
 impl Layout {
     pub(crate) fn total_blocks(&self) -> u32 {
         self.blocks[0] + self.blocks[1]
+    }
+
+    pub(crate) fn capacity(&self) -> Capacity {
+        Capacity { physical: self.blocks, overcommit_percent: self.overcommit_percent }
     }
 
     pub(crate) fn has(&self, kind: MediumKind) -> bool {
@@ -354,9 +359,6 @@ pub(crate) fn choose(copies: &[[u8; SIZE]; 2]) -> (Option<Superblock>, Vec<Strin
     }
     (chosen, wrong)
 }
-
-/// Room a directory entry takes in a checkpoint: its length before, its runs' end mark after.
-pub(crate) const ENTRY_ROOM: u64 = 4 + MAX_ENTRY as u64 + 12;
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use vssd_protocol::units::BlockSize;
@@ -136,6 +137,36 @@ pub struct OpenOptions {
     /// happens in the background until [`Pool::run_background`](crate::Pool::run_background) is
     /// called, which makes a test's order of events its own.
     pub threads: bool,
+    /// What each of these threads does before anything else.
+    pub thread_start: Option<ThreadStart>,
+}
+
+/// The threads of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolThread {
+    Keeper,
+    Committer,
+    Scrubber,
+}
+
+/// Called by each thread of a pool, once, when it begins. Every file is open by then.
+#[derive(Clone)]
+pub struct ThreadStart(Arc<dyn Fn(PoolThread) + Send + Sync>);
+
+impl ThreadStart {
+    pub fn new(call: impl Fn(PoolThread) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(call))
+    }
+
+    pub(crate) fn call(&self, thread: PoolThread) {
+        (self.0)(thread);
+    }
+}
+
+impl fmt::Debug for ThreadStart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ThreadStart")
+    }
 }
 
 impl OpenOptions {
@@ -145,6 +176,7 @@ impl OpenOptions {
             read_only: false,
             space_wait: Duration::from_secs(5),
             threads: true,
+            thread_start: None,
         }
     }
 }
@@ -322,7 +354,7 @@ pub struct MediumInfo {
     /// Written since the pool was opened: data, scrubbing and metadata.
     pub bytes_written: u64,
     /// Part of it has vanished under the pool: the file was shortened, or its filesystem has no room for all of it.
-    /// Every request to it fails.
+    /// Requests to that part fail; on NV-RAM, where it is not known which, every request.
     pub is_lost: bool,
 }
 

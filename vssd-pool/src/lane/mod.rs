@@ -13,6 +13,7 @@
 
 mod copies;
 mod iov;
+mod job;
 mod moves;
 mod ring;
 mod sync;
@@ -25,7 +26,8 @@ use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::types::{IoError, Submitted};
 use crate::vssd::{Vssd, count};
-use work::{Job, Op, Work};
+use job::{Job, Op};
+use work::Work;
 
 /// A worker's way to the data of every vSSD of the pool. It may be made on any thread, but from its first
 /// request on it must stay on one.

@@ -8,8 +8,9 @@ use vssd_protocol::units::{BlockIndex, PhysicalBlock};
 
 use super::copies::Copy;
 use super::iov::Cursor;
+use super::job::{Job, Op, Outcome, Step, Stop, Why, errno};
 use super::ring::Direction;
-use super::work::{Job, Op, Outcome, Work, add, errno};
+use super::work::{Work, add};
 use crate::core::Core;
 use crate::map::Entry;
 use crate::record::Record;
@@ -21,33 +22,6 @@ use crate::vssd::{Vssd, count};
 const ZEROES: usize = 256 << 10;
 /// Blocks discarded under one hold of the ledger's lock.
 const DISCARD_AT_ONCE: u32 = 1024;
-
-/// What a parked request waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Why {
-    Fence,
-    Space,
-    Journal,
-}
-
-/// Why a request goes no further now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stop {
-    Failed(IoError),
-    Wait(Why),
-}
-
-impl From<IoError> for Stop {
-    fn from(error: IoError) -> Self {
-        Self::Failed(error)
-    }
-}
-
-pub(super) enum Step {
-    Done(Outcome),
-    Pending,
-    Wait(Why),
-}
 
 impl Work {
     /// Within a section.
@@ -267,6 +241,14 @@ impl Work {
         direction: Direction,
         buffers: &mut Cursor<'_>,
     ) -> Result<(), Stop> {
+        let (kind, offset, len) = place;
+        let Some(medium) = &core.media[kind.index()] else { return Err(IoError::Io(libc::ENODEV).into()) };
+        if !std::mem::replace(&mut self.looked[kind.index()], true) {
+            medium.store.look();
+        }
+        if offset + len > medium.store.intact() {
+            return self.fail_request(*request, IoError::Io(libc::EIO));
+        }
         self.ring(core)?;
         let id = match *request {
             Some(id) => id,

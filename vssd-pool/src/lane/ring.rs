@@ -4,14 +4,18 @@
 //!
 //! A request is made of parts, each one run of bytes on one medium. Parts sit in slots that are reused, so
 //! nothing is allocated once the lane has warmed up. It knows media and buffers, neither blocks nor vSSDs.
+//!
+//! The ring is told what it is for before it runs ([`restrict`]): a filter of system calls does not see what is queued, so
+//! it is the ring itself that refuses everything but transfers and syncs of its media.
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Once;
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::iov;
-use super::work::WARM;
 use crate::sabotage::{Sabotage, active};
 use crate::store::{AlignedBuf, RingTarget};
 use crate::types::{IoError, MediumKind};
@@ -20,8 +24,18 @@ use crate::types::{IoError, MediumKind};
 const ENTRIES: u32 = 256;
 /// Prepared entries that are submitted without waiting for the end of the batch: the device works on them meanwhile.
 const SUBMIT_AT: usize = 8;
+/// Bounce buffers are this long if that will do, and so many of them are kept for later requests. Longer ones, which drivers have no
+/// reason to need, are given back at once.
+const BOUNCE: usize = 64 << 10;
+const KEPT_BOUNCES: usize = 64;
+/// Likewise of lists of buffers: as many as the segments of a request, with its header and status.
+const KEPT_IOV: usize = 128;
 /// The most buffers the kernel takes in one call (IOV_MAX).
 const MAX_IOV: usize = 1024;
+
+/// What a lane has room for from the start: how many requests are under way at once depends on the medium's pace, and
+/// a list that grows in mid-flight allocates.
+pub(super) const WARM: usize = 256;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
@@ -75,6 +89,8 @@ pub(super) struct Ring {
     /// Parts whose entry could not be queued yet.
     unqueued: Vec<u32>,
     in_flight: usize,
+    /// Bounce buffers that nobody uses.
+    spare: Vec<AlignedBuf>,
     #[cfg(test)]
     pub(super) longest: Option<u64>,
     /// What the next completions report instead of what they did; `None` leaves one alone.
@@ -102,7 +118,7 @@ struct Target {
 impl Ring {
     /// Completions make `event` readable. The thread that calls this must be the one that uses the ring.
     pub(super) fn new(media: [Option<RingTarget<'_>>; 2], event: i32) -> io::Result<Self> {
-        let ring = build()?;
+        let (ring, is_disabled) = build()?;
         ring.submitter().register_eventfd(event)?;
         let mut targets = [None; 2];
         let mut files = Vec::new();
@@ -118,6 +134,9 @@ impl Ring {
             }
         }
         ring.submitter().register_files(&files)?;
+        if is_disabled {
+            restrict(&ring)?;
+        }
         Ok(Self {
             ring,
             targets,
@@ -125,6 +144,7 @@ impl Ring {
             free: Vec::with_capacity(WARM),
             unqueued: Vec::with_capacity(WARM),
             in_flight: 0,
+            spare: Vec::with_capacity(KEPT_BOUNCES),
             #[cfg(test)]
             longest: None,
             #[cfg(test)]
@@ -204,7 +224,7 @@ impl Ring {
             } else if is_aligned {
                 Ok(())
             } else {
-                bounce(part, target, direction)
+                bounce(part, &mut self.spare, target, direction)
             };
             if let Err(error) = prepared {
                 self.free.push(id);
@@ -401,21 +421,71 @@ impl Ring {
                 finished.written = if direction == Direction::Write { part.total } else { 0 };
             }
         }
+        for list in [&mut part.iov, &mut part.copy_to] {
+            list.clear();
+            list.shrink_to(KEPT_IOV);
+        }
+        let bounce = part.bounce.take();
+        self.spare.extend(bounce.filter(|buffer| buffer.len() == BOUNCE && self.spare.len() < KEPT_BOUNCES));
         self.free.push(id);
         Some(finished)
     }
 }
 
-fn build() -> io::Result<IoUring> {
+/// The best ring that the kernel makes, and whether it does not run yet and can be restricted.
+fn build() -> io::Result<(IoUring, bool)> {
     let mut best = IoUring::builder();
     best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_cqsize(4 * ENTRIES);
     let mut good = IoUring::builder();
     good.setup_coop_taskrun().setup_taskrun_flag().setup_cqsize(4 * ENTRIES);
-    best.build(ENTRIES).or_else(|_| good.build(ENTRIES)).or_else(|_| IoUring::new(ENTRIES))
+    let mut plain = IoUring::builder();
+    for builder in [&mut best, &mut good, &mut plain] {
+        builder.setup_r_disabled();
+    }
+    let ring = best
+        .build(ENTRIES)
+        .or_else(|_| good.build(ENTRIES))
+        .or_else(|_| plain.build(ENTRIES))
+        .map(|ring| (ring, true));
+    ring.or_else(|_| {
+        // Before 5.10, or not enough of something; then this fails as well.
+        let ring = IoUring::new(ENTRIES)?;
+        unrestricted(&io::ErrorKind::Unsupported.into());
+        Ok((ring, false))
+    })
+}
+
+fn unrestricted(error: &io::Error) {
+    static LOGGED: Once = Once::new();
+    LOGGED.call_once(|| tracing::warn!(%error, "this kernel cannot restrict what an io_uring does"));
+}
+
+/// Allows what this file queues and nothing else, for ever, and lets the ring run. Every entry must name a file of the ring's
+/// table, which cannot be changed any more.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    const OPERATIONS: [u8; 5] = [
+        opcode::Read::CODE,
+        opcode::Readv::CODE,
+        opcode::Write::CODE,
+        opcode::Writev::CODE,
+        opcode::Fsync::CODE,
+    ];
+    let required = [Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits())];
+    let mut allowed: Vec<_> = OPERATIONS.into_iter().map(Restriction::sqe_op).chain(required).collect();
+    let submitter = ring.submitter();
+    if let Err(error) = submitter.register_restrictions(&mut allowed) {
+        unrestricted(&error);
+    }
+    submitter.register_enable_rings()
 }
 
 /// Replaces the part's buffers by an aligned one of its own.
-fn bounce(part: &mut Part, target: Target, direction: Direction) -> Result<(), IoError> {
+fn bounce(
+    part: &mut Part,
+    spare: &mut Vec<AlignedBuf>,
+    target: Target,
+    direction: Direction,
+) -> Result<(), IoError> {
     let align = target.offset_align;
     let start = part.offset & !(align - 1);
     let end = (part.offset + part.left).next_multiple_of(align);
@@ -427,9 +497,10 @@ fn bounce(part: &mut Part, target: Target, direction: Direction) -> Result<(), I
     // Both are bounded by the request's length, which fits in memory.
     let len = usize::try_from(end - start).map_err(|_| IoError::OutOfRange)?;
     part.skip = usize::try_from(part.offset - start).map_err(|_| IoError::OutOfRange)?;
-    let buffer = match part.bounce.take() {
-        Some(buffer) if buffer.len() >= len => buffer,
-        _ => AlignedBuf::zeroed(len),
+    let buffer = if len <= BOUNCE {
+        spare.pop().unwrap_or_else(|| AlignedBuf::zeroed(BOUNCE))
+    } else {
+        AlignedBuf::zeroed(len)
     };
     if direction == Direction::Write {
         let mut at = buffer.as_mut_ptr();
@@ -661,6 +732,53 @@ mod tests {
         let mut memory = vec![0; 4096];
         let read = transfer(&mut ring, 2048, Direction::Read, &iov(&mut memory, 4096));
         assert_eq!(read[0].result, Err(IoError::Io(libc::EIO)));
+    }
+
+    /// Not for kernels before 5.10, on which a ring cannot be restricted.
+    #[test]
+    fn ring_does_nothing_but_transfers_and_syncs_of_its_media() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let (mut ring, _event) = ring(&file, 1);
+        let mut memory = vec![5; 512];
+        let done = transfer(&mut ring, 0, Direction::Write, &iov(&mut memory, 512));
+        assert_eq!(done[0].result, Ok(()));
+        let own = types::Fixed(0);
+        let other = types::Fd(file.as_raw_fd());
+        let at = memory.as_mut_ptr();
+        let root = c"/".as_ptr();
+        let forbidden = [
+            ("nop", opcode::Nop::new().build()),
+            ("open", opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), root).flags(libc::O_RDONLY).build()),
+            ("socket", opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build()),
+            ("close", opcode::Close::new(other).build()),
+            ("another file", opcode::Read::new(other, at, 512).build()),
+            ("allocate", opcode::Fallocate::new(own, 4096).build()),
+            ("linked", opcode::Read::new(own, at, 512).build().flags(squeue::Flags::IO_LINK)),
+            ("receive", opcode::Recv::new(own, at, 512).build()),
+        ];
+        let count = forbidden.len();
+        for (what, entry) in forbidden {
+            // SAFETY: should the entry be carried out after all, its memory lives until the completion is seen here.
+            unsafe { ring.ring.submission().push(&entry).unwrap() };
+            ring.ring.submit_and_wait(1).unwrap();
+            let result = ring.ring.completion().next().unwrap().result();
+            assert_eq!(result, -libc::EACCES, "{what}");
+        }
+        let submitter = ring.ring.submitter();
+        let registrations = [
+            ("files", submitter.register_files_update(0, &[file.as_raw_fd()]).map(drop)),
+            ("no files", submitter.unregister_files()),
+            ("personality", submitter.register_personality().map(drop)),
+            ("restrictions", submitter.register_restrictions(&mut [Restriction::sqe_op(opcode::Nop::CODE)])),
+        ];
+        for (what, result) in registrations {
+            let error = result.unwrap_err().raw_os_error().unwrap();
+            assert!([libc::EACCES, libc::EBADFD].contains(&error), "{what}: {error}");
+        }
+        println!("{count} operations and 4 registrations are refused");
+        let done = transfer(&mut ring, 0, Direction::Read, &iov(&mut memory, 512));
+        assert_eq!(done[0].result, Ok(()));
     }
 
     #[test]

@@ -11,8 +11,8 @@ use std::time::Instant;
 use vssd_protocol::units::SECTOR_SIZE;
 
 use super::copies::Copies;
-use super::moves::{Step, Why};
-use super::ring::{Finished, Ring};
+use super::job::{Job, Op, Outcome, Step, Why, errno};
+use super::ring::{Finished, Ring, WARM};
 use super::sync::Group;
 use crate::core::Core;
 use crate::grace::Parity;
@@ -20,13 +20,6 @@ use crate::map::Entry;
 use crate::store::AlignedBuf;
 use crate::types::{IoError, MediumKind, Submitted, VssdId};
 use crate::vssd::Vssd;
-
-/// What a lane has room for from the start: how many requests are under way at once depends on the medium's pace, and
-/// a list that grows in mid-flight allocates.
-pub(super) const WARM: usize = 256;
-
-/// How one request ended.
-pub(super) type Outcome = Result<(), IoError>;
 
 /// A request with parts in the ring, or a flush.
 #[derive(Debug)]
@@ -50,25 +43,6 @@ struct Origin {
     iov: Vec<libc::iovec>,
     /// When it was first started, if it was started over.
     since: Option<Instant>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Op {
-    Read,
-    Write,
-    Discard,
-    WriteZeroes { unmap: bool },
-}
-
-/// A request as handed in.
-#[derive(Clone, Copy)]
-pub(super) struct Job<'a> {
-    pub(super) vssd: &'a Arc<Vssd>,
-    pub(super) op: Op,
-    pub(super) offset: u64,
-    pub(super) len: u64,
-    pub(super) iov: &'a [libc::iovec],
-    pub(super) token: u64,
 }
 
 #[derive(Debug)]
@@ -106,18 +80,12 @@ pub(super) struct Work {
     pub(super) zeroes: Option<AlignedBuf>,
     /// Media that had lost part of what they held when the last section ended; nothing is asked of them any more.
     pub(super) lost: [bool; 2],
+    /// Media that were looked at in the section of now.
+    pub(super) looked: [bool; 2],
     /// When the parked request that is being started over was first started.
     retrying_since: Option<Instant>,
     /// Records could not be handed over. Said once: later changes are refused at once.
     unrecorded: bool,
-}
-
-pub(super) fn errno(error: &std::io::Error) -> IoError {
-    match error.raw_os_error() {
-        Some(libc::ENOSPC) => IoError::NoSpace,
-        Some(errno) => IoError::Io(errno),
-        None => IoError::Io(libc::EIO),
-    }
 }
 
 /// Adds to a counter that only this thread writes.
@@ -143,6 +111,7 @@ impl Work {
             resolved: Vec::with_capacity(WARM),
             zeroes: None,
             lost: [false; 2],
+            looked: [false; 2],
             retrying_since: None,
             unrecorded: false,
         }
@@ -297,6 +266,7 @@ impl Work {
             return false;
         }
         self.section = Some(core.grace.enter(self.slot));
+        self.looked = [false; 2];
         true
     }
 

@@ -123,6 +123,16 @@ pub trait Store: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Looks whether the medium still reaches as far as when it was opened: a file can be shortened by whoever may write it. Costs a
+    /// system call where that can happen without [`Store::is_lost`]; a lane asks once a batch.
+    fn look(&self) {}
+
+    /// What lies behind this was lost, as far as [`Store::look`] has seen. It is neither read, for it would come back as zeroes, nor
+    /// written, for that would lengthen the file again and hide the loss.
+    fn intact(&self) -> u64 {
+        self.size()
+    }
+
     /// Bytes written or made zero since it was opened, without those of lanes (`copy_in` and rings), which count for
     /// themselves lest they share a counter.
     fn bytes_written(&self) -> u64;

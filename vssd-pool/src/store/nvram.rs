@@ -71,6 +71,10 @@ fn map(medium: &MediumFile, flags: libc::c_int, alarm: &Alarm) -> io::Result<Map
     if start == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
+    // Random access to small pages waits as long for the page tables as for the data. DAX maps large ones by itself, tmpfs does
+    // where it is allowed to (`huge=advise`); anything else refuses, which does no harm.
+    // SAFETY: only advice, on the mapping just made.
+    unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
     let start = NonNull::new(start.cast()).ok_or_else(out_of_bounds)?;
     let mut mapping = Mapping { start, len, watch: None };
     // SAFETY: the mapping is this one's own, drops the watch first, and is only accessed through raw pointers.

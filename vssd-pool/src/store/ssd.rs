@@ -38,6 +38,8 @@ pub struct SsdStore {
     zero_method: AtomicU8,
     bounce: Mutex<AlignedBuf>,
     bytes_written: AtomicU64,
+    /// The shortest that the file was seen to be.
+    intact: AtomicU64,
 }
 
 impl SsdStore {
@@ -59,6 +61,7 @@ impl SsdStore {
             return Err(Error::medium(&medium.path, what));
         }
         Ok(Self {
+            intact: AtomicU64::new(medium.size),
             medium,
             cache,
             memory_align,
@@ -224,6 +227,10 @@ impl Store for SsdStore {
     }
 
     fn write_at(&self, offset: u64, buf: &[u8]) -> io::Result<()> {
+        self.look();
+        if offset.saturating_add(buf.len() as u64) > self.intact() {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         let align = u64::from(self.write_align());
         if !within(offset, buf.len() as u64, self.medium.size)
             || !(offset | buf.len() as u64).is_multiple_of(align)
@@ -303,6 +310,29 @@ impl Store for SsdStore {
 
     unsafe fn copy_in(&self, _offset: u64, _from: *const u8, _len: usize) -> io::Result<()> {
         Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
+
+    fn look(&self) {
+        if self.medium.is_device {
+            return;
+        }
+        // SAFETY: no pointers; the position that it moves is used by nobody.
+        let end = unsafe { libc::lseek(self.medium.fd(), 0, libc::SEEK_END) };
+        // An error says nothing about the file.
+        let Ok(end) = u64::try_from(end) else { return };
+        if end < self.intact.load(Ordering::Relaxed) && end < self.intact.fetch_min(end, Ordering::Relaxed) {
+            tracing::error!(
+                code = "E_MEDIUM",
+                path = %self.medium.path.display(),
+                was = self.medium.size,
+                now = end,
+                "the file was shortened under the pool: what lay behind its new end is lost, and requests to it fail"
+            );
+        }
+    }
+
+    fn intact(&self) -> u64 {
+        self.intact.load(Ordering::Relaxed)
     }
 
     fn bytes_written(&self) -> u64 {

@@ -6,8 +6,6 @@
 //! halves the traffic; they also leave no line behind that would have to be written back for durability. They are
 //! weakly ordered: [`settle`] orders them before all later stores of the thread (Intel SDM volume 1, §10.4.6.2).
 
-const LINE: usize = 64;
-
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{can_write_back, copy, prefetch, prefetch_page, settle, write_back};
 
@@ -16,8 +14,8 @@ mod x86 {
     use std::arch::{asm, x86_64};
     use std::sync::OnceLock;
 
-    use super::LINE;
-
+    /// Bytes of a cache line.
+    const LINE: usize = 64;
     /// Below this, what was written is likely to be metadata that is soon read or written again.
     const SMALLEST_STREAM: usize = 2048;
 
