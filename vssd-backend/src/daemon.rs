@@ -13,32 +13,44 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{EventfdFlags, eventfd};
 use tracing::{info, warn};
-use vssd_pool::{CreateOptions, MediumKind, MediumSpec, OpenOptions, Pool, VssdAttrs, VssdSpec};
+use vssd_pool::{
+    CreateOptions, MediumKind, MediumSpec, OpenOptions, Pool, PoolThread, ThreadStart, VssdAttrs, VssdSpec,
+};
 use vssd_protocol::control::is_valid_name;
 use vssd_protocol::units::{BlockSize, ByteCount};
 
 use crate::config::{Config, MediumArg, Serve, Single, SingleSocket};
 use crate::control::{Server, ServerOptions};
 use crate::device::OwnerHandle;
-use crate::sandbox::{self, Files, WorkerFilter};
+use crate::nursery::Nursery;
+use crate::sandbox::{self, Files, Sandbox, Thread};
 use crate::vhost_user::frontends::{FrontendOptions, SocketSource, VhostUserFrontends, bind};
 use crate::vhost_user::worker::Workers;
+
+const CANNOT_CONFINE: &str = "cannot confine the daemon; --sandbox=off does without";
 
 /// Serves until SIGTERM or SIGINT. A second signal ends the process at once.
 pub fn run(config: &Config) -> Result<()> {
     let group = config.socket_group.as_deref().map(group_id).transpose()?;
     // Threads inherit it: before the first.
     let files = files(config)?;
-    if config.sandbox {
-        sandbox::prepare(&files).context("cannot confine the daemon; --sandbox=off does without")?;
-    }
+    let (sandbox, refusals) = if config.sandbox {
+        let prepared = sandbox::prepare(&files).and_then(|()| Sandbox::new());
+        let (sandbox, refusals) = prepared.context(CANNOT_CONFINE)?;
+        // Its threads will not be allowed to.
+        vssd_pool::sigbus::install();
+        (sandbox, Some(refusals))
+    } else {
+        (Sandbox::off(), None)
+    };
     let shutdown =
         eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot make an eventfd")?;
-    end_on_signals(shutdown.try_clone()?)?;
+    end_on_signals(shutdown.try_clone()?, sandbox.clone())?;
+    let nursery = Nursery::start(sandbox.clone()).context("cannot start a thread")?;
 
-    let (pool, source) = open(config)?;
-    let workers =
-        Workers::spawn(&pool, config.workers, config.polling).context("cannot start the worker threads")?;
+    let (pool, source) = open(config, &sandbox)?;
+    let workers = Workers::spawn(&pool, config.workers, config.polling, &sandbox)
+        .context("cannot start the worker threads")?;
     let (owner, events, wake) = OwnerHandle::new().context("cannot make the owner's event queue")?;
     let options = FrontendOptions {
         source,
@@ -49,7 +61,7 @@ pub fn run(config: &Config) -> Result<()> {
         logical_block_size: pool.info().logical_block_bytes,
     };
     let finished = Some(shutdown.try_clone()?);
-    let frontends = VhostUserFrontends::new(options, workers.handles(), owner, finished);
+    let frontends = VhostUserFrontends::new(options, workers.handles(), owner, finished, nursery);
 
     let listen = |path: &Path, mode, group| {
         bind(path, mode, group).with_context(|| format!("cannot listen on {}", path.display()))
@@ -64,12 +76,10 @@ pub fn run(config: &Config) -> Result<()> {
         control,
         monitor,
         shutdown,
+        refusals,
     })
     .context("cannot start serving")?;
-    if config.sandbox {
-        let confined = sandbox::confine().and_then(|()| workers.confine(&WorkerFilter::new()?));
-        confined.context("cannot confine the daemon; --sandbox=off does without")?;
-    }
+    sandbox.close().context(CANNOT_CONFINE)?;
     let ended = server.run().context("the control loop failed");
 
     info!("ending: no vSSD is served any more");
@@ -112,11 +122,12 @@ fn folder(path: &Path) -> PathBuf {
 }
 
 /// Opens the pool and decides where its vSSDs' sockets are.
-fn open(config: &Config) -> Result<(Arc<Pool>, SocketSource)> {
+fn open(config: &Config, sandbox: &Sandbox) -> Result<(Arc<Pool>, SocketSource)> {
     match &config.serve {
         Serve::Pool { media, device_dir } => {
             let mut options = OpenOptions::new(media);
             options.read_only = config.read_only;
+            options.thread_start = Some(confine_pool(sandbox));
             let pool = Pool::open(&options).with_context(|| {
                 let names: Vec<_> = media.iter().map(|path| path.display().to_string()).collect();
                 format!("cannot open the pool on {}", names.join(", "))
@@ -124,7 +135,7 @@ fn open(config: &Config) -> Result<(Arc<Pool>, SocketSource)> {
             Ok((pool, SocketSource::Directory(device_dir.clone())))
         }
         Serve::Single(single) => {
-            let pool = open_single(single, config.read_only)?;
+            let pool = open_single(single, config.read_only, sandbox)?;
             let source = match &single.socket {
                 SingleSocket::Path(path) => SocketSource::Path(path.clone()),
                 SingleSocket::Inherited(fd) => SocketSource::Inherited(inherit(*fd)?),
@@ -135,7 +146,7 @@ fn open(config: &Config) -> Result<(Arc<Pool>, SocketSource)> {
 }
 
 /// Opens the pool of the one vSSD, made first if it does not exist.
-fn open_single(single: &Single, read_only: bool) -> Result<Arc<Pool>> {
+fn open_single(single: &Single, read_only: bool, sandbox: &Sandbox) -> Result<Arc<Pool>> {
     let file = single.file.display();
     if !single.file.exists() {
         let Some(size) = single.create else {
@@ -155,6 +166,7 @@ fn open_single(single: &Single, read_only: bool) -> Result<Arc<Pool>> {
     }
     let mut options = OpenOptions::new([&single.file]);
     options.read_only = read_only;
+    options.thread_start = Some(confine_pool(sandbox));
     let pool = Pool::open(&options).with_context(|| format!("cannot open the pool in {file}"))?;
     let count = pool.vssds().len();
     ensure!(count <= 1, "the pool in {file} has {count} vSSDs: serve it with --pool");
@@ -168,6 +180,18 @@ fn open_single(single: &Single, read_only: bool) -> Result<Arc<Pool>> {
         pool.create_vssd(&spec).context("cannot make the vSSD")?;
     }
     Ok(pool)
+}
+
+/// Each of the pool's threads gives up what it does not need when it begins.
+fn confine_pool(sandbox: &Sandbox) -> ThreadStart {
+    let sandbox = sandbox.clone();
+    ThreadStart::new(move |thread| {
+        sandbox.enter_early(match thread {
+            PoolThread::Keeper => Thread::Keeper,
+            PoolThread::Committer => Thread::Committer,
+            PoolThread::Scrubber => Thread::Scrubber,
+        });
+    })
 }
 
 /// Names the one vSSD after its file where that is a valid name.
@@ -216,7 +240,7 @@ fn group_id(name: &str) -> Result<u32> {
 }
 
 /// Turns SIGTERM and SIGINT into an event. Must run before any other thread is started: signal masks are inherited.
-fn end_on_signals(shutdown: OwnedFd) -> Result<()> {
+fn end_on_signals(shutdown: OwnedFd, sandbox: Sandbox) -> Result<()> {
     // SAFETY: the set lives on this frame and is initialised by sigemptyset before use.
     let set = unsafe {
         let mut set = std::mem::zeroed();
@@ -229,6 +253,7 @@ fn end_on_signals(shutdown: OwnedFd) -> Result<()> {
         set
     };
     let wait = move || {
+        sandbox.enter_early(Thread::Signals);
         let mut asked = false;
         loop {
             let mut signal = 0;

@@ -9,13 +9,14 @@
 //!
 //! * [`vhost_user`] alone knows vhost and virtio types, eventfds and guest memory.
 //! * [`device`] is a block device in plain words: requests, segments, events.
-//! * [`sandbox`] takes away from the process what it does not need for this.
+//! * [`nursery`] starts threads, [`sandbox`] takes away from the process what it does not need for this.
 //! * [`control`] alone knows the control sockets and decides about sizes.
 
 pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod device;
+pub mod nursery;
 pub mod peer;
 pub mod pool_command;
 pub mod sandbox;

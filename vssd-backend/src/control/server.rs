@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
 use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
 use tracing::{debug, info, warn};
 use vssd_pool::Pool;
 use vssd_protocol::control::ErrorCode;
@@ -23,6 +25,7 @@ use super::verbs::{self, Door, Outcome};
 use crate::device::owner::{Owner, OwnerError};
 use crate::device::{DeviceEvent, Frontends};
 use crate::peer::peer_of;
+use crate::sandbox::refusals::Refusals;
 
 /// Clients at a time on each socket: whoever may only watch cannot keep operators out.
 pub const MAX_SESSIONS: usize = 256;
@@ -38,6 +41,7 @@ const MONITOR: u64 = 1;
 const DEVICES: u64 = 2;
 const COMPLETIONS: u64 = 3;
 const SHUTDOWN: u64 = 4;
+const REFUSALS: u64 = 5;
 const FIRST_SESSION: u64 = 16;
 
 /// What the control loop needs.
@@ -51,6 +55,8 @@ pub struct ServerOptions {
     pub monitor: Option<UnixListener>,
     /// An eventfd: readable means that the daemon is to end.
     pub shutdown: OwnedFd,
+    /// What the sandbox refuses, to be logged.
+    pub refusals: Option<Refusals>,
 }
 
 impl std::fmt::Debug for ServerOptions {
@@ -81,6 +87,7 @@ pub struct Server {
     wake: Arc<OwnedFd>,
     completions: Arc<OwnedFd>,
     shutdown: OwnedFd,
+    refusals: Option<Refusals>,
     control: Option<UnixListener>,
     monitor: Option<UnixListener>,
     sessions: HashMap<u64, Session>,
@@ -99,7 +106,7 @@ pub struct Server {
 impl Server {
     /// Begins to serve every vSSD of the pool.
     pub fn new(options: ServerOptions) -> Result<Self, ServerError> {
-        let ServerOptions { pool, frontends, events, wake, control, monitor, shutdown } = options;
+        let ServerOptions { pool, frontends, events, wake, control, monitor, shutdown, refusals } = options;
         let owner = Owner::open(pool, frontends, events)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| ServerError::Epoll(e.into()))?;
         let completions = owner.completion_wake();
@@ -109,6 +116,7 @@ impl Server {
             wake,
             completions,
             shutdown,
+            refusals,
             control,
             monitor,
             sessions: HashMap::new(),
@@ -128,6 +136,9 @@ impl Server {
         server.watch(&server.wake, DEVICES)?;
         server.watch(&server.completions, COMPLETIONS)?;
         server.watch(&server.shutdown, SHUTDOWN)?;
+        if let Some(refusals) = &server.refusals {
+            server.watch(refusals.event(), REFUSALS)?;
+        }
         Ok(server)
     }
 
@@ -139,9 +150,10 @@ impl Server {
             buffer.clear();
             let timeout = self.timeout();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut buffer), timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(ServerError::Epoll(errno.into())),
             }
+            self.owner.pace().has_slept();
             for event in &buffer {
                 let flags = event.flags;
                 match event.data.u64() {
@@ -149,6 +161,7 @@ impl Server {
                     MONITOR => self.accept(Door::Monitor),
                     DEVICES => drain(&self.wake),
                     COMPLETIONS => drain(&self.completions),
+                    REFUSALS => self.refusals.iter_mut().for_each(Refusals::log),
                     SHUTDOWN => {
                         self.end();
                         return Ok(());
@@ -208,9 +221,9 @@ impl Server {
     fn accept(&mut self, door: Door) {
         let listener = if door == Door::Control { &self.control } else { &self.monitor };
         let Some(listener) = listener else { return };
-        match listener.accept() {
-            Ok((stream, _)) => self.welcome(stream, door),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+        match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok(stream) => self.welcome(stream.into(), door),
+            Err(Errno::AGAIN | Errno::INTR) => {}
             Err(error) => {
                 // Out of descriptors or memory: the client stays in the queue, and asking again at once is a busy loop.
                 warn!(%error, "cannot accept a client");
@@ -221,7 +234,7 @@ impl Server {
     }
 
     fn welcome(&mut self, stream: UnixStream, door: Door) {
-        let actor = match stream.set_nonblocking(true).and_then(|()| peer_of(&stream)) {
+        let actor = match peer_of(&stream) {
             Ok(peer) => Actor { uid: peer.uid, pid: peer.pid },
             Err(error) => {
                 debug!(%error, "client is gone before it was served");
@@ -295,7 +308,9 @@ impl Server {
                     return;
                 }
             };
-            match verbs::handle(&mut self.owner, session.door, session.actor, &line) {
+            let outcome = verbs::handle(&mut self.owner, session.door, session.actor, &line);
+            self.owner.pace().breathe();
+            match outcome {
                 Outcome::Answer(answer) => session.send(&answer),
                 Outcome::Wait { id, .. } if session.waits.len() >= MAX_WAITS => {
                     let message = format!("{MAX_WAITS} calls wait for jobs already");

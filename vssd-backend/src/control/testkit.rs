@@ -46,6 +46,8 @@ pub(crate) struct Recorded {
 struct FakeFrontends {
     recorded: Arc<Mutex<Recorded>>,
     owner: OwnerHandle,
+    /// What is told once nothing is parked any more, and until when that may take.
+    closing: Option<(mpsc::Receiver<()>, Instant)>,
 }
 
 impl Frontends for FakeFrontends {
@@ -65,9 +67,19 @@ impl Frontends for FakeFrontends {
     fn close(&mut self, device: VssdId) -> Result<(), FrontendError> {
         let (done, stopped) = mpsc::channel();
         self.owner.send(DeviceEvent::Quiesce { device, done });
-        stopped.recv_timeout(PATIENCE).expect("the owner must go on serving while it closes a front-end");
-        self.recorded.lock().unwrap().asked.push(Asked::Close(device.0));
+        self.closing = Some((stopped, Instant::now() + PATIENCE));
         Ok(())
+    }
+
+    fn is_closed(&mut self, device: VssdId) -> bool {
+        let Some((stopped, give_up)) = &self.closing else { return true };
+        if stopped.try_recv().is_err() {
+            assert!(Instant::now() < *give_up, "the owner must go on serving while it closes a front-end");
+            return false;
+        }
+        self.closing = None;
+        self.recorded.lock().unwrap().asked.push(Asked::Close(device.0));
+        true
     }
 
     fn set_capacity(&mut self, device: VssdId, capacity: ByteOffset) {
@@ -143,7 +155,8 @@ impl Daemon {
         };
         let (owner, events, wake) = OwnerHandle::new().unwrap();
         let recorded = Arc::new(Mutex::new(Recorded::default()));
-        let frontends = FakeFrontends { recorded: Arc::clone(&recorded), owner: owner.clone() };
+        let frontends =
+            FakeFrontends { recorded: Arc::clone(&recorded), owner: owner.clone(), closing: None };
         let shutdown = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         let server = Server::new(ServerOptions {
             pool: Arc::clone(&pool),
@@ -153,6 +166,7 @@ impl Daemon {
             control: listen(&control),
             monitor: listen(&monitor),
             shutdown: shutdown.try_clone().unwrap(),
+            refusals: None,
         })
         .unwrap();
         let (sender, receiver) = mpsc::channel();

@@ -5,12 +5,13 @@
 
 use vssd_protocol::units::{BlockSize, ByteOffset, SECTOR_SIZE};
 
-use super::request::MAX_WRITE_ZEROES_SECTORS;
+use super::request::{MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, SEG_MAX, SIZE_MAX};
 
 /// Bytes of `struct virtio_blk_config` up to the write-zeroes fields. Front-ends ask for what their version knows, so
 /// reads past it give zeroes.
 const CONFIG_LEN: usize = 60;
 
+pub const F_SIZE_MAX: u64 = 1 << 1;
 pub const F_SEG_MAX: u64 = 1 << 2;
 pub const F_RO: u64 = 1 << 5;
 pub const F_BLK_SIZE: u64 = 1 << 6;
@@ -32,7 +33,7 @@ pub struct Geometry {
 impl Geometry {
     /// Features of the block device (§5.2.3).
     pub fn features(&self) -> u64 {
-        let common = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
+        let common = F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY | F_MQ;
         if self.read_only { common | F_RO } else { common | F_DISCARD | F_WRITE_ZEROES }
     }
 
@@ -43,8 +44,9 @@ impl Geometry {
         // Fits: at most 2 MiB / 512.
         let block_sectors = u32::try_from(self.block_size.bytes() / SECTOR_SIZE).unwrap_or(u32::MAX);
         put(0, &(capacity.0 / SECTOR_SIZE).to_le_bytes());
-        // seg_max: 128 is QEMU's default queue size; header and status take a descriptor each.
-        put(12, &126u32.to_le_bytes());
+        // 128 is QEMU's default queue size; header and status take a descriptor each.
+        put(8, &SIZE_MAX.to_le_bytes());
+        put(12, &SEG_MAX.to_le_bytes());
         put(20, &self.logical_block_size.to_le_bytes());
         // Topology: physical blocks of 4 KiB whatever the logical size, and whole blocks as the best I/O size.
         let physical = 4096u32.max(self.logical_block_size);
@@ -56,7 +58,7 @@ impl Geometry {
         put(32, &[1]);
         put(34, &self.queues.to_le_bytes());
         // A discard takes effect on whole blocks only.
-        put(36, &(u32::MAX - u32::MAX % block_sectors).to_le_bytes());
+        put(36, &MAX_DISCARD_SECTORS.to_le_bytes());
         put(40, &1u32.to_le_bytes());
         put(44, &block_sectors.to_le_bytes());
         put(48, &MAX_WRITE_ZEROES_SECTORS.to_le_bytes());
@@ -83,7 +85,7 @@ mod tests {
         let config = geometry.read(ByteOffset(1 << 30), 0, 64);
         let u32_at = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
         assert_eq!(u64::from_le_bytes(config[..8].try_into().unwrap()), 1 << 21);
-        assert_eq!(u32_at(12), 126, "seg_max");
+        assert_eq!((u32_at(8), u32_at(12)), (64 << 10, 126), "size_max and seg_max");
         assert_eq!(u32_at(20), 512, "blk_size");
         assert_eq!(config[24], 3, "physical_block_exp");
         assert_eq!(u32_at(28), 128, "opt_io_size");

@@ -27,11 +27,12 @@ pub enum Io {
 }
 
 impl Io {
-    /// How much memory it may have to read or write at once.
+    /// How much memory it may have to read or write at once, or what takes as long: a block of 64 KiB to discard counts as 1 KiB.
     pub fn bytes_moved(self) -> u64 {
         match self {
             Self::Read(extent) | Self::Write(extent) | Self::WriteZeroes(extent, _) => extent.len,
-            Self::Flush | Self::Discard(_) => 0,
+            Self::Discard(extent) => extent.len / 64,
+            Self::Flush => 0,
         }
     }
 }

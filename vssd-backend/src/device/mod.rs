@@ -147,9 +147,11 @@ pub struct FrontendStatus {
 pub trait Frontends: Send {
     /// Opens the socket of a vSSD, now served. The path is `<runtime dir>/dev/<name>.sock` unless configured.
     fn open(&mut self, vssd: &Arc<Vssd>, capacity: ByteOffset) -> Result<(), FrontendError>;
-    /// Disconnects the front-end, answers what is in flight and removes the socket. Blocks until no queue of the device
-    /// touches the vSSD any more.
+    /// Begins to disconnect the front-end and to answer what is in flight.
     fn close(&mut self, device: VssdId) -> Result<(), FrontendError>;
+    /// Whether what [`Frontends::close`] began is over: no queue of the device touches the vSSD any more, and the socket is
+    /// removed.
+    fn is_closed(&mut self, device: VssdId) -> bool;
     /// Publishes another capacity and tells the front-end (config-change message). Coalescing is the callee's work.
     fn set_capacity(&mut self, device: VssdId, capacity: ByteOffset);
     fn status(&self, device: VssdId) -> FrontendStatus;

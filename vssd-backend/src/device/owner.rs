@@ -24,6 +24,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
 use serde_json::{Value, json};
 use tracing::{debug, error, info, warn};
+use vssd_pool::turns::Pace;
 use vssd_pool::{Pool, Vssd, VssdAttrs, VssdId};
 use vssd_protocol::guest::{self, RequestType, Response, ResponseBody};
 use vssd_protocol::units::{BlockRange, ByteOffset};
@@ -88,8 +89,7 @@ struct Completion {
 /// All vSSDs of a pool and whoever may change them.
 pub struct Owner {
     pool: Arc<Pool>,
-    /// Absent only while a front-end is being closed.
-    frontends: Option<Box<dyn Frontends>>,
+    frontends: Box<dyn Frontends>,
     events: mpsc::Receiver<DeviceEvent>,
     devices: BTreeMap<VssdId, Device>,
     done: mpsc::Sender<Completion>,
@@ -104,6 +104,8 @@ pub struct Owner {
     log: EventLog,
     clock: Clock,
     alarm: Alarm,
+    /// A worker may share the control thread's processor, and a guest's request is worth more than an operator's.
+    pace: Pace,
 }
 
 impl std::fmt::Debug for Owner {
@@ -125,7 +127,7 @@ impl Owner {
             .map_err(|errno| OwnerError::Eventfd(errno.into()))?;
         let mut owner = Self {
             pool,
-            frontends: Some(frontends),
+            frontends,
             events,
             devices: BTreeMap::new(),
             done,
@@ -138,6 +140,7 @@ impl Owner {
             log: EventLog::default(),
             clock: Clock::start(),
             alarm: Alarm::default(),
+            pace: Pace::default(),
         };
         for vssd in owner.pool.vssds() {
             let name = vssd.name().to_owned();
@@ -150,6 +153,10 @@ impl Owner {
     /// Readable while pool operations have ended that [`Owner::run`] has not seen.
     pub fn completion_wake(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.done_wake)
+    }
+
+    pub fn pace(&self) -> &Pace {
+        &self.pace
     }
 
     pub fn clock(&self) -> Clock {
@@ -180,6 +187,7 @@ impl Owner {
             let mut idle = true;
             while let Ok(event) = self.events.try_recv() {
                 self.device_event(event);
+                self.pace.breathe();
                 idle = false;
             }
             idle &= !self.take_completions();
@@ -223,9 +231,7 @@ impl Owner {
         };
         let negotiation = Negotiation::new(setup);
         let capacity = ByteOffset(vssd.block_size().bytes_of(negotiation.capacity()));
-        if let Some(frontends) = &mut self.frontends {
-            frontends.open(&vssd, capacity)?;
-        }
+        self.frontends.open(&vssd, capacity)?;
         let unix_now = self.clock.unix_ms(self.clock.now_ms());
         let deadline = stored.deadline.map(|deadline| (deadline.left_ms(unix_now), deadline.on_timeout));
         let resumed = negotiation.plan_resumed(deadline);
@@ -293,6 +299,7 @@ impl Owner {
         let mut any = false;
         while let Ok(completion) = self.completions.try_recv() {
             self.complete(completion);
+            self.pace.breathe();
             any = true;
         }
         any
@@ -323,10 +330,7 @@ impl Owner {
             self.apply(id, Event::Tick);
         }
         if self.alarm.due().is_some_and(|at| at <= now) {
-            let connected = self
-                .frontends
-                .as_ref()
-                .is_some_and(|frontends| self.devices.keys().any(|id| frontends.status(*id).connected));
+            let connected = self.devices.keys().any(|id| self.frontends.status(*id).connected);
             for (event, data) in self.alarm.check(&self.pool.info(), now, connected) {
                 self.log.push(self.clock.unix_ms(now), event, None, None, data);
             }
@@ -421,6 +425,7 @@ impl Owner {
         if let Some(device) = self.devices.get(&id) {
             let unix_ms = self.clock.unix_ms(self.clock.now_ms());
             self.log.push(unix_ms, event, Some(device.vssd.name()), job, data);
+            self.pace.breathe();
         }
     }
 
@@ -494,17 +499,16 @@ impl Owner {
     }
 
     fn publish_capacities(&mut self) {
-        let Some(frontends) = &mut self.frontends else { return };
         for id in std::mem::take(&mut self.capacities) {
             if let Some(device) = self.devices.get(&id).filter(|device| !device.closing) {
                 let bytes = device.vssd.block_size().bytes_of(device.negotiation.capacity());
-                frontends.set_capacity(id, ByteOffset(bytes));
+                self.frontends.set_capacity(id, ByteOffset(bytes));
             }
         }
     }
 
-    /// Closes a vSSD's socket. The other side waits for queues to stop, and a queue that stops waits for this
-    /// thread to give back what is parked: so the events go on being served meanwhile.
+    /// Closes a vSSD's socket and waits for its queues to stop. A queue that stops waits for this thread to give back what is
+    /// parked: so the events go on being served meanwhile.
     fn close_frontend(&mut self, id: VssdId) -> Result<(), FrontendError> {
         const SLICE: Duration = Duration::from_millis(5);
         /// Pool operations end in far less; the guest asks again for what is not answered.
@@ -519,22 +523,14 @@ impl Owner {
                 self.complete(completion);
             }
         }
-        let Some(mut frontends) = self.frontends.take() else { return Err(FrontendError::NotOpen(id.0)) };
-        let result = std::thread::scope(|scope| {
-            let closing = std::thread::Builder::new()
-                .name("close".into())
-                .spawn_scoped(scope, || frontends.close(id))
-                .map_err(FrontendError::Thread)?;
-            while !closing.is_finished() {
-                if let Ok(event) = self.events.recv_timeout(SLICE) {
-                    self.device_event(event);
-                }
-                self.take_completions();
+        self.frontends.close(id)?;
+        while !self.frontends.is_closed(id) {
+            if let Ok(event) = self.events.recv_timeout(SLICE) {
+                self.device_event(event);
             }
-            closing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
-        self.frontends = Some(frontends);
-        result
+            self.take_completions();
+        }
+        Ok(())
     }
 }
 

@@ -11,6 +11,11 @@ use vssd_protocol::units::{ByteOffset, SECTOR_SIZE, Sector};
 pub const SEGMENT_LEN: usize = 16;
 /// Bytes of a GET_ID answer.
 pub const ID_LEN: usize = 20;
+/// Bytes of a segment and segments of a read or write at most: together 8 MiB, about a millisecond in which nobody else is served.
+pub const SIZE_MAX: u32 = 64 << 10;
+pub const SEG_MAX: u32 = 126;
+/// Sectors in one discard: 128 MiB, of which each block is looked up and perhaps given back.
+pub const MAX_DISCARD_SECTORS: u32 = 1 << 18;
 /// Sectors in one write-zeroes request: 1 MiB. A request of 16 bytes makes as much work as a write of that size, and a queue full of
 /// them is what other guests on the medium wait for.
 pub const MAX_WRITE_ZEROES_SECTORS: u32 = 1 << 11;
@@ -81,11 +86,11 @@ pub fn parse(
     let write_allowed = || if limits.read_only { Err(Reject::ReadOnly) } else { Ok(()) };
     match kind {
         T_IN if readable > 0 => Err(Reject::Malformed("read with data to the device")),
-        T_IN => extent(sector, u64::from(writable), limits).map(Operation::Read),
+        T_IN => data(sector, writable, limits).map(Operation::Read),
         T_OUT if writable > 0 => Err(Reject::Malformed("write with data from the device")),
         T_OUT => {
             write_allowed()?;
-            extent(sector, u64::from(readable), limits).map(Operation::Write)
+            data(sector, readable, limits).map(Operation::Write)
         }
         T_FLUSH => Ok(Operation::Flush),
         T_GET_ID if (writable as usize) < ID_LEN => Err(Reject::Malformed("less than 20 bytes for the id")),
@@ -123,6 +128,13 @@ fn guest_request(kind: RequestType, readable: u32, writable: u32) -> Result<Oper
     Ok(Operation::Guest(kind))
 }
 
+fn data(sector: u64, len: u32, limits: &Limits) -> Result<Extent, Reject> {
+    if len > SEG_MAX * SIZE_MAX {
+        return Err(Reject::Malformed("more data than seg_max segments of size_max bytes"));
+    }
+    extent(sector, u64::from(len), limits)
+}
+
 fn extent(sector: u64, len: u64, limits: &Limits) -> Result<Extent, Reject> {
     if !len.is_multiple_of(SECTOR_SIZE) {
         return Err(Reject::Malformed("data is not whole sectors"));
@@ -141,6 +153,9 @@ pub fn parse_discard(segment: [u8; SEGMENT_LEN], limits: &Limits) -> Result<Exte
     // The unmap flag has no meaning for discard and MUST be zero (§5.2.6.2).
     if flags != 0 {
         return Err(Reject::Unsupported(T_DISCARD));
+    }
+    if sectors > MAX_DISCARD_SECTORS {
+        return Err(Reject::Malformed("more sectors to discard than max_discard_sectors"));
     }
     extent(sector, u64::from(sectors) * SECTOR_SIZE, limits)
 }

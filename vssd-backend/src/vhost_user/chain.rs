@@ -8,11 +8,14 @@
 use vssd_pool::sabotage::{Sabotage, active};
 
 use super::memory::GuestMemory;
-use super::ring::{Descriptor, Ring};
+use super::table::{Descriptor, DescriptorTable};
 
 const F_NEXT: u16 = 1;
 const F_WRITE: u16 = 2;
 const F_INDIRECT: u16 = 4;
+
+/// Descriptors of a chain at most, however long the queue: eight times what `seg_max` allows, and bounded work.
+const MAX_DESCRIPTORS: u16 = 1024;
 
 /// What is wrong with a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -41,6 +44,8 @@ pub struct Segments {
     pub writable: Vec<libc::iovec>,
     pub readable_len: u32,
     pub writable_len: u32,
+    /// Descriptors that were looked at, also of a chain that is refused.
+    pub descriptors: u16,
 }
 
 // SAFETY: the pointers are plain addresses here; whoever dereferences them vouches for their being mapped.
@@ -52,6 +57,16 @@ impl Segments {
         self.writable.clear();
         self.readable_len = 0;
         self.writable_len = 0;
+        self.descriptors = 0;
+    }
+
+    /// Counts a descriptor, of which there may be `most`.
+    fn count(&mut self, most: u16) -> Result<(), ChainError> {
+        if self.descriptors >= most {
+            return Err(ChainError::TooLong(most));
+        }
+        self.descriptors += 1;
+        Ok(())
     }
 
     /// Copies `buf.len()` bytes off the front of the readable part and removes them from it. False if there are fewer.
@@ -144,25 +159,26 @@ impl Segments {
 }
 
 /// Fills `segments` from the chain that begins at `head`.
-pub fn walk(ring: &Ring, head: u16, segments: &mut Segments) -> Result<(), ChainError> {
+pub fn walk(table: &DescriptorTable, head: u16, segments: &mut Segments) -> Result<(), ChainError> {
     segments.clear();
-    let mem = ring.memory();
-    let size = u32::from(ring.size());
+    let mem = table.memory();
+    let size = u32::from(table.size());
     let mut index = head;
     // No legal chain has more descriptors than the queue, wherever they are (§2.7.5.3.1).
-    let mut budget = ring.size();
+    let most = table.size().min(MAX_DESCRIPTORS);
     loop {
-        let desc = ring.descriptor(index).ok_or(ChainError::Index { index, size })?;
+        let desc = table.get(index).ok_or(ChainError::Index { index, size })?;
         if desc.flags & F_INDIRECT != 0 {
             if desc.flags & F_NEXT != 0 {
                 return Err(ChainError::Nested);
             }
-            return walk_table(mem, desc, &mut budget, ring.size(), segments);
+            return walk_table(mem, desc, most, segments);
         }
-        budget = budget.checked_sub(1).ok_or(ChainError::TooLong(ring.size()))?;
+        segments.count(most)?;
         segments.add(mem, desc)?;
         if active(Sabotage::FetchLengthTwice)
-            && let Some(again) = ring.descriptor(index)
+            && desc.flags & F_WRITE == 0
+            && let Some(again) = table.get(index)
             && let Some(last) = segments.readable.last_mut()
         {
             last.iov_len = again.len as usize;
@@ -177,8 +193,7 @@ pub fn walk(ring: &Ring, head: u16, segments: &mut Segments) -> Result<(), Chain
 fn walk_table(
     mem: &GuestMemory,
     table: Descriptor,
-    budget: &mut u16,
-    queue_size: u16,
+    most: u16,
     segments: &mut Segments,
 ) -> Result<(), ChainError> {
     let len = table.len;
@@ -199,7 +214,7 @@ fn walk_table(
         if desc.flags & F_INDIRECT != 0 {
             return Err(ChainError::Nested);
         }
-        *budget = budget.checked_sub(1).ok_or(ChainError::TooLong(queue_size))?;
+        segments.count(most)?;
         segments.add(mem, desc)?;
         if desc.flags & F_NEXT == 0 {
             return Ok(());
@@ -233,19 +248,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::memory::tests::memory;
-    use super::super::ring::RingSpec;
     use super::*;
 
     const SIZE: u16 = 8;
     const DESC: u64 = 0x1000;
 
-    /// A ring of 8 with its table at 0x1000, in two adjacent regions with a hole behind them.
-    fn ring(table: &[(u64, u32, u16, u16)]) -> Ring {
+    /// A table of 8 at 0x1000, in two adjacent regions with a hole behind them.
+    fn table(entries: &[(u64, u32, u16, u16)]) -> DescriptorTable {
         let mem = Arc::new(memory(&[(0, 0x8000), (0x8000, 0x8000)]));
-        put(&mem, DESC, table);
-        let spec =
-            RingSpec { size: SIZE, desc: DESC, avail: 0x2000, used: 0x3000, event_idx: false, next_avail: 0 };
-        Ring::new(spec, mem, None).unwrap()
+        put(&mem, DESC, entries);
+        DescriptorTable::new(mem, DESC, SIZE).unwrap()
     }
 
     fn put(mem: &GuestMemory, at: u64, table: &[(u64, u32, u16, u16)]) {
@@ -263,54 +275,55 @@ mod tests {
         }
     }
 
-    fn walked(ring: &Ring, head: u16) -> Result<(usize, usize, u32, u32), ChainError> {
+    fn walked(table: &DescriptorTable, head: u16) -> Result<(usize, usize, u32, u32), ChainError> {
         let mut s = Segments::default();
-        walk(ring, head, &mut s)?;
+        walk(table, head, &mut s)?;
         Ok((s.readable.len(), s.writable.len(), s.readable_len, s.writable_len))
     }
 
     #[test]
     fn buffer_across_the_seam_of_two_regions_becomes_two_segments() {
-        let ring = ring(&[(0x7f00, 0x200, F_NEXT, 1), (0x100, 1, F_WRITE, 0)]);
-        assert_eq!(walked(&ring, 0), Ok((2, 1, 0x200, 1)));
+        let table = table(&[(0x7f00, 0x200, F_NEXT, 1), (0x100, 1, F_WRITE, 0)]);
+        assert_eq!(walked(&table, 0), Ok((2, 1, 0x200, 1)));
     }
 
     #[test]
     fn buffer_that_reaches_into_a_hole_is_refused() {
-        let ring = ring(&[(0xff00, 0x200, 0, 0)]);
-        assert!(matches!(walked(&ring, 0), Err(ChainError::Address { .. })));
+        let table = table(&[(0xff00, 0x200, 0, 0)]);
+        assert!(matches!(walked(&table, 0), Err(ChainError::Address { .. })));
     }
 
     #[test]
     fn loop_ends_after_as_many_descriptors_as_the_queue_has() {
-        let ring = ring(&[(0, 16, F_NEXT, 1), (0, 16, F_NEXT, 0)]);
-        assert_eq!(walked(&ring, 0), Err(ChainError::TooLong(SIZE)));
+        let table = table(&[(0, 16, F_NEXT, 1), (0, 16, F_NEXT, 0)]);
+        assert_eq!(walked(&table, 0), Err(ChainError::TooLong(SIZE)));
     }
 
     #[test]
     fn readable_after_writable_is_refused() {
-        let ring = ring(&[(0, 16, F_NEXT | F_WRITE, 1), (0, 16, 0, 0)]);
-        assert_eq!(walked(&ring, 0), Err(ChainError::Order));
+        let table = table(&[(0, 16, F_NEXT | F_WRITE, 1), (0, 16, 0, 0)]);
+        assert_eq!(walked(&table, 0), Err(ChainError::Order));
     }
 
     #[test]
     fn index_outside_the_table_is_refused() {
-        let ring = ring(&[(0, 16, F_NEXT, SIZE)]);
-        assert!(matches!(walked(&ring, 0), Err(ChainError::Index { index: SIZE, .. })));
-        assert!(matches!(walked(&ring, SIZE), Err(ChainError::Index { .. })));
+        let table = table(&[(0, 16, F_NEXT, SIZE)]);
+        assert!(matches!(walked(&table, 0), Err(ChainError::Index { index: SIZE, .. })));
+        assert!(matches!(walked(&table, SIZE), Err(ChainError::Index { .. })));
     }
 
     /// What was checked is what is used, however the guest changes it in between.
     #[test]
     fn length_that_changes_after_its_check_is_not_used() {
-        let ring = ring(&[(0xfe00, 512, 0, 0)]);
-        let at = ring.memory().translate_whole(DESC + 8, 4).unwrap().cast::<u32>();
-        // SAFETY: four mapped and aligned bytes, which live as long as the ring.
+        let table = table(&[(0xfe00, 512, 0, 0)]);
+        let at = table.memory().translate_whole(DESC + 8, 4).unwrap().cast::<u32>();
+        // SAFETY: four mapped and aligned bytes, which live as long as the table.
         let len = unsafe { AtomicU32::from_ptr(at) };
         let stop = AtomicBool::new(false);
-        // Chains found in order, and chains that were refused: enough of both, and the length did change.
-        let mut walks = [0; 2];
-        let mut longest = 0;
+        // Chains found in order, and chains that were refused: enough of both. And enough walks during which the length did
+        // change: on a busy machine many go by between two turns of the other thread.
+        const ENOUGH: u32 = 20_000;
+        let (mut walks, mut changed, mut longest) = ([0u64; 2], 0, 0);
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
@@ -319,28 +332,38 @@ mod tests {
                     len.store(0x1_0000, Ordering::Relaxed);
                 }
             });
-            let until = Instant::now() + Duration::from_secs(30);
+            let until = Instant::now() + Duration::from_secs(120);
             let mut segments = Segments::default();
-            while walks.iter().any(|&count| count < 5000) && Instant::now() < until {
-                let refused = walk(&ring, 0, &mut segments).is_err();
+            let is_enough =
+                |changed, walks: [u64; 2]| changed >= ENOUGH && walks.iter().all(|&count| count >= 5000);
+            while !is_enough(changed, walks) && longest <= 512 && Instant::now() < until {
+                let before = len.load(Ordering::Relaxed);
+                let refused = walk(&table, 0, &mut segments).is_err();
                 walks[usize::from(refused)] += 1;
                 if !refused {
                     longest = longest.max(segments.readable[0].iov_len);
                 }
+                changed += u32::from(len.load(Ordering::Relaxed) != before);
             }
             stop.store(true, Ordering::Relaxed);
         });
-        println!("{} chains found in order, {} refused", walks[0], walks[1]);
-        assert!(walks.iter().all(|&count| count >= 5000), "the length hardly changed: {walks:?}");
+        println!(
+            "{} chains found in order, {} refused, the length changed during {changed}",
+            walks[0], walks[1]
+        );
         assert_eq!(longest, 512);
+        assert!(
+            changed >= ENOUGH && walks.iter().all(|&count| count >= 5000),
+            "the length hardly changed: {walks:?}"
+        );
     }
 
     #[test]
     fn indirect_table_may_be_unaligned_and_cross_a_seam() {
         for at in [0x4001, 0x7ff8] {
-            let ring = ring(&[(at, 48, F_INDIRECT, 0)]);
-            put(ring.memory(), at, &[(0, 16, F_NEXT, 1), (0x20, 512, F_NEXT, 2), (0x400, 1, F_WRITE, 0)]);
-            assert_eq!(walked(&ring, 0), Ok((2, 1, 528, 1)), "table at {at:#x}");
+            let table = table(&[(at, 48, F_INDIRECT, 0)]);
+            put(table.memory(), at, &[(0, 16, F_NEXT, 1), (0x20, 512, F_NEXT, 2), (0x400, 1, F_WRITE, 0)]);
+            assert_eq!(walked(&table, 0), Ok((2, 1, 528, 1)), "table at {at:#x}");
         }
     }
 
@@ -352,27 +375,27 @@ mod tests {
             (0xffff_fff0, F_INDIRECT, ChainError::TableLength { len: 0xffff_fff0 }),
             (16, F_INDIRECT | F_NEXT, ChainError::Nested),
         ] {
-            let ring = ring(&[(0x4000, len, flags, 1)]);
-            assert_eq!(walked(&ring, 0), Err(error));
+            let table = table(&[(0x4000, len, flags, 1)]);
+            assert_eq!(walked(&table, 0), Err(error));
         }
-        let nested = ring(&[(0x4000, 32, F_INDIRECT, 0)]);
+        let nested = table(&[(0x4000, 32, F_INDIRECT, 0)]);
         put(nested.memory(), 0x4000, &[(0, 16, F_NEXT, 1), (0x4000, 32, F_INDIRECT, 0)]);
         assert_eq!(walked(&nested, 0), Err(ChainError::Nested));
-        let outside = ring(&[(0x4000, 32, F_INDIRECT, 0)]);
+        let outside = table(&[(0x4000, 32, F_INDIRECT, 0)]);
         put(outside.memory(), 0x4000, &[(0, 16, F_NEXT, 2)]);
         assert!(matches!(walked(&outside, 0), Err(ChainError::Index { index: 2, size: 2 })));
     }
 
     #[test]
     fn header_split_over_descriptors_is_put_together_and_the_status_is_the_last_byte() {
-        let ring = ring(&[(0x100, 4, F_NEXT, 1), (0x200, 12, F_NEXT, 2), (0x300, 5, F_WRITE, 0)]);
+        let table = table(&[(0x100, 4, F_NEXT, 1), (0x200, 12, F_NEXT, 2), (0x300, 5, F_WRITE, 0)]);
         let mut s = Segments::default();
-        walk(&ring, 0, &mut s).unwrap();
+        walk(&table, 0, &mut s).unwrap();
         let mut header = [0; 16];
-        // SAFETY: the segments are mapped by the ring's memory.
+        // SAFETY: the segments are mapped by the table's memory.
         assert!(unsafe { s.take_readable(&mut header) });
         assert_eq!((s.readable_len, s.readable.len()), (0, 0));
-        assert_eq!(s.take_status(), ring.memory().translate_whole(0x304, 1));
+        assert_eq!(s.take_status(), table.memory().translate_whole(0x304, 1));
         assert_eq!((s.writable_len, s.writable.len()), (4, 1));
         // SAFETY: as above.
         assert!(!unsafe { s.take_readable(&mut header) }, "nothing is left");
@@ -387,14 +410,14 @@ mod tests {
             inner in prop::collection::vec((0u64..0x12000, 0u32..2048, 0u16..8, 0u16..10), 8),
             head in 0u16..10,
         ) {
-            let ring = ring(&table);
-            put(ring.memory(), 0x4000, &inner);
+            let table = self::table(&table);
+            put(table.memory(), 0x4000, &inner);
             let mut s = Segments::default();
-            if walk(&ring, head, &mut s).is_ok() {
+            if walk(&table, head, &mut s).is_ok() {
                 let total: usize = s.readable.iter().chain(&s.writable).map(|v| v.iov_len).sum();
                 prop_assert_eq!(total as u64, u64::from(s.readable_len) + u64::from(s.writable_len));
-                let low = ring.memory().translate_whole(0, 1).unwrap() as usize;
-                let high = ring.memory().translate_whole(0x8000, 1).unwrap() as usize;
+                let low = table.memory().translate_whole(0, 1).unwrap() as usize;
+                let high = table.memory().translate_whole(0x8000, 1).unwrap() as usize;
                 for v in s.readable.iter().chain(&s.writable) {
                     let at = v.iov_base as usize;
                     let inside = |base: usize| at >= base && at + v.iov_len <= base + 0x8000;

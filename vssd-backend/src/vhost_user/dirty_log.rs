@@ -25,8 +25,8 @@ use vssd_pool::sigbus::Alarm;
 
 use super::chain::{self, Segments};
 use super::memory::GuestMemory;
-use super::ring::Ring;
 use super::sigbus::{MappingError, SharedMapping};
+use super::table::DescriptorTable;
 
 /// Bytes that one bit stands for (vhost-user, "Migration": "dirty pages are of size 0x1000").
 const PAGE: u64 = 0x1000;
@@ -135,11 +135,11 @@ impl RingLog {
     }
 
     /// Notes what the answer to the chain at `head` may have changed: all that it lets the device write.
-    pub fn mark_chain(&mut self, ring: &Ring, head: u16) {
+    pub fn mark_chain(&mut self, table: &DescriptorTable, head: u16) {
         // A chain that breaks off was answered unread, or its memory went meanwhile: what there is of it is noted.
-        let _ = chain::walk(ring, head, &mut self.segments);
+        let _ = chain::walk(table, head, &mut self.segments);
         for segment in &self.segments.writable {
-            if let Some(guest) = ring.memory().guest_of_host(segment.iov_base.cast()) {
+            if let Some(guest) = table.memory().guest_of_host(segment.iov_base.cast()) {
                 self.to.log.mark(guest, segment.iov_len as u64);
             }
         }
@@ -160,7 +160,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::memory::tests::{file, memory};
-    use super::super::ring::RingSpec;
+    use super::super::ring::{Ring, RingSpec};
     use super::*;
 
     /// A log of `size` bytes at `offset` in a file of `len`.

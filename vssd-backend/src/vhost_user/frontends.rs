@@ -14,7 +14,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -28,6 +28,8 @@ use super::session::{self, SessionContext};
 use super::worker::WorkerHandle;
 use crate::device::config_space::Geometry;
 use crate::device::{FrontendError, FrontendStatus, Frontends, OwnerHandle, serial};
+use crate::nursery::Nursery;
+use crate::sandbox::Thread;
 
 /// Where a vSSD's socket comes from.
 #[derive(Debug)]
@@ -62,6 +64,7 @@ pub struct VhostUserFrontends {
     owner: OwnerHandle,
     next_key: Arc<AtomicU32>,
     servers: HashMap<VssdId, SocketServer>,
+    nursery: Nursery,
     /// Written to when a connection on an inherited descriptor ends: there will be no other.
     finished: Option<OwnedFd>,
 }
@@ -109,6 +112,7 @@ impl VhostUserFrontends {
         workers: &[WorkerHandle],
         owner: OwnerHandle,
         finished: Option<OwnedFd>,
+        nursery: Nursery,
     ) -> Self {
         Self {
             options,
@@ -116,6 +120,7 @@ impl VhostUserFrontends {
             owner,
             next_key: Arc::new(AtomicU32::new(0)),
             servers: HashMap::new(),
+            nursery,
             finished,
         }
     }
@@ -206,25 +211,32 @@ impl Frontends for VhostUserFrontends {
         };
         let device = Arc::clone(&context.device);
         let body = {
-            let stop = Arc::clone(&stop);
+            let (stop, nursery) = (Arc::clone(&stop), self.nursery.clone());
             move || {
-                serve(endpoint, &context, &stop);
+                serve(endpoint, &context, &stop, &nursery);
                 if let Some(finished) = finished {
                     let _ = rustix::io::write(&finished, &1u64.to_ne_bytes());
                 }
             }
         };
-        let thread = thread::Builder::new()
-            .name(format!("vssd-{}", vssd.name()))
-            .spawn(body)
-            .map_err(FrontendError::Thread)?;
+        let thread =
+            self.nursery.spawn(format!("vssd-{}", vssd.name()), body).map_err(FrontendError::Thread)?;
         info!(device = vssd.name(), socket = %path.display(), "serving");
         self.servers.insert(vssd.id(), SocketServer { thread: Some(thread), stop, shared, device, path });
         Ok(())
     }
 
     fn close(&mut self, device: VssdId) -> Result<(), FrontendError> {
-        self.servers.remove(&device).map(drop).ok_or(FrontendError::NotOpen(device.0))
+        self.servers.get(&device).map(SocketServer::end).ok_or(FrontendError::NotOpen(device.0))
+    }
+
+    fn is_closed(&mut self, device: VssdId) -> bool {
+        let runs = |server: &SocketServer| server.thread.as_ref().is_some_and(|t| !t.is_finished());
+        if self.servers.get(&device).is_some_and(runs) {
+            return false;
+        }
+        self.servers.remove(&device);
+        true
     }
 
     fn set_capacity(&mut self, device: VssdId, capacity: ByteOffset) {
@@ -244,18 +256,23 @@ impl Frontends for VhostUserFrontends {
     }
 }
 
+impl SocketServer {
+    /// Ends the connections, without waiting for it.
+    fn end(&self) {
+        self.shared.close();
+        let _ = rustix::io::write(&self.stop.event, &1u64.to_ne_bytes());
+        let mut connections = self.stop.connections();
+        connections.closed = true;
+        for (_, socket) in &connections.open {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
 impl Drop for SocketServer {
     /// Ends the connections, waits for their queues to stop, and removes the socket.
     fn drop(&mut self) {
-        self.shared.close();
-        let _ = rustix::io::write(&self.stop.event, &1u64.to_ne_bytes());
-        {
-            let mut connections = self.stop.connections();
-            connections.closed = true;
-            for (_, socket) in &connections.open {
-                let _ = socket.shutdown(std::net::Shutdown::Both);
-            }
-        }
+        self.end();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             error!(socket = %self.path.display(), "a front-end thread panicked");
         }
@@ -266,16 +283,20 @@ impl Drop for SocketServer {
 }
 
 /// Serves all connections to their ends.
-fn serve(endpoint: Endpoint, context: &SessionContext, stop: &Arc<Stop>) {
+fn serve(endpoint: Endpoint, context: &SessionContext, stop: &Arc<Stop>, nursery: &Nursery) {
     let listener = match endpoint {
         Endpoint::Connection(socket) => {
             if admit(stop, 0, &socket, context) {
-                serve_connection(context, stop, 0, socket);
+                serve_connection(context, stop, nursery, 0, socket);
             }
             return;
         }
         Endpoint::Listener(listener) => listener,
     };
+    if let Err(error) = nursery.enter(Thread::Acceptor) {
+        error!(device = context.device.vssd.name(), %error, "no front-end is served: its threads cannot be confined");
+        return;
+    }
     let mut threads: Vec<JoinHandle<()>> = Vec::new();
     let mut number = 0;
     while let Some(socket) = accept(&listener, stop) {
@@ -287,10 +308,10 @@ fn serve(endpoint: Endpoint, context: &SessionContext, stop: &Arc<Stop>) {
             continue;
         }
         let body = {
-            let (context, stop) = (context.clone(), Arc::clone(stop));
-            move || serve_connection(&context, &stop, number, socket)
+            let (context, stop, nursery) = (context.clone(), Arc::clone(stop), nursery.clone());
+            move || serve_connection(&context, &stop, &nursery, number, socket)
         };
-        match thread::Builder::new().name(format!("vssd-{}", context.device.vssd.name())).spawn(body) {
+        match nursery.spawn(format!("vssd-{}", context.device.vssd.name()), body) {
             Ok(thread) => threads.push(thread),
             Err(error) => {
                 warn!(device = context.device.vssd.name(), %error, "cannot start a thread for a front-end");
@@ -330,7 +351,18 @@ fn admit(stop: &Stop, number: u64, socket: &UnixStream, context: &SessionContext
     !connections.closed
 }
 
-fn serve_connection(context: &SessionContext, stop: &Stop, number: u64, socket: UnixStream) {
+fn serve_connection(
+    context: &SessionContext,
+    stop: &Stop,
+    nursery: &Nursery,
+    number: u64,
+    socket: UnixStream,
+) {
+    if let Err(error) = nursery.enter(Thread::Session) {
+        error!(device = context.device.vssd.name(), %error, "a front-end is not served: its thread cannot be confined");
+        stop.connections().open.retain(|(other, _)| *other != number);
+        return;
+    }
     while has_departing(&stop.connections(), number) {
         context.shared.wait_moved(Duration::from_millis(20));
     }
@@ -370,7 +402,8 @@ fn accept(listener: &UnixListener, stop: &Stop) -> Option<UnixStream> {
             Err(error) => {
                 warn!(%error, "cannot accept a connection");
                 // Out of descriptors, most likely: give others time to return some.
-                thread::sleep(Duration::from_millis(100));
+                let pause = rustix::event::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+                let _ = poll(&mut [PollFd::new(&stop.event, PollFlags::IN)], Some(&pause));
             }
         }
     }

@@ -12,7 +12,7 @@
 //! * [`backend_channel`]: the descriptor for messages to the front-end, and how it is reached.
 //! * [`worker`]: a fixed pool of threads; each owns its queues, an epoll set and a pool lane. [`poller`]: how long it looks
 //!   for work before it sleeps. [`mailbox`]: how it is told what to do.
-//! * [`queue`], [`ring`], [`chain`], [`inflight`], [`memory`], [`dirty_log`]: what a worker works with.
+//! * [`queue`] ► [`ring`] ► [`dirty_log`] ► [`chain`] ► [`table`] ► [`memory`], and [`inflight`]: what a worker works with.
 //! * [`sigbus`]: what becomes of memory that a front-end shares and takes away again.
 //!
 //! Nothing outside this module knows vhost, rings or guest addresses; nothing here knows blocks or sizes.
@@ -35,4 +35,5 @@ pub mod seat;
 pub mod session;
 pub mod sigbus;
 mod sync;
+pub mod table;
 pub mod worker;

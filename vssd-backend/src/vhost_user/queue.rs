@@ -36,6 +36,15 @@ struct Turn {
     bytes: u64,
 }
 
+/// What looking at a descriptor takes, in bytes copied meanwhile.
+const DESCRIPTOR_BYTES: u64 = 64;
+/// What a queue may have under way on media that take their time. More would wait in front of others' requests, and a buffer that is
+/// not aligned has a copy in the daemon's memory.
+const MOST_PENDING: u32 = 128;
+const MOST_PENDING_BYTES: u64 = 4 << 20;
+/// Guest-channel requests that wait for the owner. A driver sends one after the other, and keeps a WAIT.
+const MOST_CALLS: usize = 64;
+
 impl Turn {
     const WHOLE: Self = Self { chains: 128, bytes: 2 << 20 };
 
@@ -81,12 +90,22 @@ pub struct Stopped {
     pub next_avail: u16,
 }
 
+/// Where a chain is answered.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Where the status byte goes, the last of what is writable.
+    status: *mut u8,
+    /// Writable bytes before it.
+    room: u32,
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Slot {
-    /// Where the status byte goes.
-    status: *mut u8,
+    place: Place,
     /// Bytes written to the guest if the request succeeds, status byte not counted.
     data_len: u32,
+    /// Bytes under way, either direction.
+    moved: u64,
     busy: bool,
 }
 
@@ -106,6 +125,8 @@ pub struct ActiveQueue {
     /// Indexed by the chain's head.
     slots: Vec<Slot>,
     in_flight: u32,
+    /// Of all requests in flight.
+    bytes_in_flight: u64,
     responses: HashMap<u16, ResponseRoom>,
     /// Memory tables that requests in flight may still point into.
     retired: Vec<Arc<GuestMemory>>,
@@ -116,6 +137,8 @@ pub struct ActiveQueue {
     turn: Turn,
     /// Whether the driver broke the ring; taken up again at the next kick.
     broken: bool,
+    /// When its worker gave it a turn last, in the worker's count of turns.
+    pub last_turn: u64,
 }
 
 // SAFETY: the raw pointers lead into guest memory that `ring` and `retired` keep mapped; one thread uses a queue at a time.
@@ -146,7 +169,8 @@ impl ActiveQueue {
                 replay.pop();
             }
         }
-        let idle = Slot { status: std::ptr::null_mut(), data_len: 0, busy: false };
+        let place = Place { status: std::ptr::null_mut(), room: 0 };
+        let idle = Slot { place, data_len: 0, moved: 0, busy: false };
         Self {
             key,
             device,
@@ -157,6 +181,7 @@ impl ActiveQueue {
             call,
             segments: Segments::default(),
             in_flight: 0,
+            bytes_in_flight: 0,
             responses: HashMap::new(),
             retired: Vec::new(),
             body: Vec::new(),
@@ -164,6 +189,7 @@ impl ActiveQueue {
             stop: None,
             turn: Turn::WHOLE,
             broken: false,
+            last_turn: 0,
         }
     }
 
@@ -204,10 +230,10 @@ impl ActiveQueue {
     fn find_responses_anew(&mut self) {
         let heads: Vec<u16> = self.responses.keys().copied().collect();
         for head in heads {
-            let found = chain::walk(&self.ring, head, &mut self.segments).ok();
-            match found.and_then(|()| self.segments.take_status()) {
-                Some(status) => {
-                    self.slots[usize::from(head)].status = status;
+            let found = chain::walk(self.ring.table(), head, &mut self.segments).ok();
+            match found.and_then(|()| self.take_place()) {
+                Some(place) => {
+                    self.slots[usize::from(head)].place = place;
                     self.responses.insert(head, self.segments.writable.clone());
                 }
                 None => {
@@ -267,11 +293,17 @@ impl ActiveQueue {
         }
         let more = self.turn.is_over() || self.ring.is_batch_full();
         self.ring.publish();
-        more && !self.broken
+        more && !self.broken && !self.is_full()
+    }
+
+    /// Whether so much is under way that chains wait until some of it has ended.
+    pub fn is_full(&self) -> bool {
+        let pending = self.in_flight.saturating_sub(u32::try_from(self.responses.len()).unwrap_or(u32::MAX));
+        pending >= MOST_PENDING || self.bytes_in_flight >= MOST_PENDING_BYTES
     }
 
     fn take_batch(&mut self, lane: &mut Lane, sink: &Arc<dyn ReplySink>) {
-        while !self.turn.is_over() && !self.ring.is_batch_full() {
+        while !self.turn.is_over() && !self.ring.is_batch_full() && !self.is_full() {
             let head = match self.replay.pop() {
                 Some(head) => head,
                 None => match self.ring.available() {
@@ -291,12 +323,12 @@ impl ActiveQueue {
 
     /// Whether chains wait that a look, not a kick, has found.
     pub fn has_chains(&self) -> bool {
-        self.stop.is_none() && !self.broken && matches!(self.ring.available(), Ok(1..))
+        self.stop.is_none() && !self.broken && !self.is_full() && matches!(self.ring.available(), Ok(1..))
     }
 
     /// Asks the driver for a kick at the next chain. True if one came meanwhile, which may bring none.
     pub fn ask_for_kick(&mut self) -> bool {
-        self.stop.is_none() && self.ring.enable_kick() && !self.broken
+        self.stop.is_none() && self.ring.enable_kick() && !self.broken && !self.is_full()
     }
 
     fn take(&mut self, head: u16, lane: &mut Lane, sink: &Arc<dyn ReplySink>) {
@@ -310,29 +342,38 @@ impl ActiveQueue {
             self.ring.push_used(head, 0);
             return;
         }
-        if let Err(error) = chain::walk(&self.ring, head, &mut self.segments) {
+        let walked = chain::walk(self.ring.table(), head, &mut self.segments);
+        let looking = u64::from(self.segments.descriptors) * DESCRIPTOR_BYTES;
+        self.turn.bytes = self.turn.bytes.saturating_sub(looking);
+        if let Err(error) = walked {
             debug!(device = self.device.vssd.name(), head, %error, "malformed chain");
             self.count_error();
             self.ring.push_used(head, 0);
             return;
         }
-        let Some(status) = self.segments.take_status() else {
+        let Some(place) = self.take_place() else {
             debug!(device = self.device.vssd.name(), head, "chain without room for a status");
             self.ring.push_used(head, 0);
             return;
         };
-        if let Err(reject) = self.begin(head, status, lane, sink) {
+        if let Err(reject) = self.begin(head, place, lane, sink) {
             debug!(device = self.device.vssd.name(), head, %reject, "request refused");
             self.count_error();
-            self.answer(head, status, execute::status_of_reject(reject), 0);
+            self.answer(head, place, execute::status_of_reject(reject), 0);
         }
+    }
+
+    /// Removes the place of the answer from the chain in `segments`.
+    fn take_place(&mut self) -> Option<Place> {
+        let status = self.segments.take_status()?;
+        Some(Place { status, room: self.segments.writable_len })
     }
 
     /// Parses and starts the request in `segments`.
     fn begin(
         &mut self,
         head: u16,
-        status: *mut u8,
+        place: Place,
         lane: &mut Lane,
         sink: &Arc<dyn ReplySink>,
     ) -> Result<(), Reject> {
@@ -354,20 +395,21 @@ impl ActiveQueue {
             Operation::GetId => {
                 // SAFETY: as above.
                 let written = unsafe { Segments::write(&self.segments.writable, &self.device.serial) };
-                self.answer(head, status, S_OK, u32::try_from(written).unwrap_or(0));
+                self.answer(head, place, S_OK, u32::try_from(written).unwrap_or(0));
                 return Ok(());
             }
-            Operation::Guest(kind) => return self.begin_guest_call(kind, head, status, sink),
+            Operation::Guest(kind) => return self.begin_guest_call(kind, head, place, sink),
         };
-        self.turn.bytes = self.turn.bytes.saturating_sub(io.bytes_moved());
+        let moved = io.bytes_moved();
+        self.turn.bytes = self.turn.bytes.saturating_sub(moved);
         let (segments, data_len) = match io {
             Io::Read(_) => (&self.segments.writable, writable),
             _ => (&self.segments.readable, 0),
         };
         // SAFETY: the memory stays mapped: the ring holds its table, and `set_memory` retires it while requests fly.
         match unsafe { execute::start(lane, &self.device.vssd, io, segments, token(self.key, head)) } {
-            Submitted::Done(result) => self.answer_io(head, status, data_len, result),
-            Submitted::Pending => self.occupy(head, status, data_len),
+            Submitted::Done(result) => self.answer_io(head, place, data_len, result),
+            Submitted::Pending => self.occupy(head, Slot { place, data_len, moved, busy: true }),
         }
         Ok(())
     }
@@ -387,9 +429,12 @@ impl ActiveQueue {
         &mut self,
         kind: RequestType,
         head: u16,
-        status: *mut u8,
+        place: Place,
         sink: &Arc<dyn ReplySink>,
     ) -> Result<(), Reject> {
+        if self.responses.len() >= MOST_CALLS {
+            return Err(Reject::Malformed("more guest-channel requests at a time than a driver sends"));
+        }
         self.body.resize(self.segments.readable_len as usize, 0);
         // SAFETY: `walk` found the segments in memory that the ring keeps mapped.
         unsafe { self.segments.take_readable(&mut self.body) };
@@ -407,16 +452,17 @@ impl ActiveQueue {
             return Err(Reject::Malformed("no room for the guest-channel response"));
         }
         self.responses.insert(head, self.segments.writable.clone());
-        self.occupy(head, status, 0);
+        self.occupy(head, Slot { place, data_len: 0, moved: 0, busy: true });
         let reply = Reply::new(Arc::clone(sink), token(self.key, head));
         let call = GuestCall { device: self.device.id, request, response_room: room, reply };
         self.device.owner.send(DeviceEvent::Guest(call));
         Ok(())
     }
 
-    fn occupy(&mut self, head: u16, status: *mut u8, data_len: u32) {
-        self.slots[usize::from(head)] = Slot { status, data_len, busy: true };
+    fn occupy(&mut self, head: u16, slot: Slot) {
+        self.slots[usize::from(head)] = slot;
         self.in_flight += 1;
+        self.bytes_in_flight += slot.moved;
     }
 
     fn release(&mut self, head: u16) -> Option<Slot> {
@@ -424,13 +470,14 @@ impl ActiveQueue {
         slot.busy = false;
         let slot = *slot;
         self.in_flight -= 1;
+        self.bytes_in_flight -= slot.moved;
         Some(slot)
     }
 
     /// A pending operation ended.
     pub fn complete(&mut self, head: u16, result: Result<(), IoError>) {
         if let Some(slot) = self.release(head) {
-            self.answer_io(head, slot.status, slot.data_len, result);
+            self.answer_io(head, slot.place, slot.data_len, result);
         }
         self.drop_retired();
     }
@@ -442,7 +489,7 @@ impl ActiveQueue {
             // SAFETY: the room was found in memory that `ring` or `retired` keeps mapped.
             let written = unsafe { Segments::write(&room, response) };
             let status = if response.is_empty() || written < response.len() { S_IOERR } else { S_OK };
-            self.answer(head, slot.status, status, u32::try_from(written).unwrap_or(0));
+            self.answer(head, slot.place, status, u32::try_from(written).unwrap_or(0));
         }
         self.drop_retired();
     }
@@ -464,7 +511,7 @@ impl ActiveQueue {
         }
     }
 
-    fn answer_io(&mut self, head: u16, status: *mut u8, data_len: u32, result: Result<(), IoError>) {
+    fn answer_io(&mut self, head: u16, place: Place, data_len: u32, result: Result<(), IoError>) {
         if let Err(error) = result {
             debug!(device = self.device.vssd.name(), head, ?error, "request failed");
             if error != IoError::Evicted {
@@ -472,18 +519,20 @@ impl ActiveQueue {
             }
         }
         let written = if result.is_ok() { data_len } else { 0 };
-        self.answer(head, status, execute::status(result), written);
+        self.answer(head, place, execute::status(result), written);
     }
 
     fn count_error(&self) {
         self.device.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Answers the chain `head`: the one place where a status byte is written.
-    fn answer(&mut self, head: u16, status: *mut u8, value: u8, written: u32) {
+    /// Answers the chain `head`, to the front of which `written` bytes were written: the one place where a status byte is
+    /// written. `used.len` counts from the first writable byte on, and the driver takes nothing behind it for written (virtio
+    /// 1.3, §2.7.8.2): the status byte is counted only where all before it was written too.
+    fn answer(&mut self, head: u16, place: Place, status: u8, written: u32) {
         // SAFETY: `walk` found the status byte in memory that `ring` or `retired` keeps mapped.
-        unsafe { status.write_volatile(value) };
-        self.ring.push_used(head, written.saturating_add(1));
+        unsafe { place.status.write_volatile(status) };
+        self.ring.push_used(head, if written == place.room { written.saturating_add(1) } else { written });
     }
 
     /// Publishes answers and interrupts the driver if it wants to know.

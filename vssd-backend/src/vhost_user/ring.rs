@@ -3,7 +3,7 @@
 //! A split virtqueue from the device's side (virtio 1.3, §2.7).
 //!
 //! ```text
-//!   desc table  16 B × size   driver writes   { le64 addr, le32 len, le16 flags, le16 next }
+//!   desc table                driver writes   see [`DescriptorTable`]
 //!   avail ring                driver writes   { le16 flags, le16 idx, le16 ring[size], le16 used_event }
 //!   used ring                 device writes   { le16 flags, le16 idx, { le32 id, le32 len }[size], le16 avail_event }
 //! ```
@@ -17,11 +17,11 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use super::dirty_log::{QueueLog, RingLog};
 use super::inflight::InflightQueue;
 use super::memory::GuestMemory;
+use super::table::DescriptorTable;
 
 /// Largest queue that virtio allows (§2.7: a power of two up to 32768).
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
-const DESC_SIZE: u64 = 16;
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
 
@@ -49,41 +49,11 @@ pub enum RingError {
     AvailIndex { avail: u16, next: u16, size: u16 },
 }
 
-/// A descriptor, copied out of guest memory.
-#[derive(Clone, Copy, Debug)]
-pub struct Descriptor {
-    pub addr: u64,
-    pub len: u32,
-    pub flags: u16,
-    pub next: u16,
-}
-
-impl Descriptor {
-    pub const SIZE: u64 = DESC_SIZE;
-
-    /// Reads the descriptor at `at`.
-    ///
-    /// # Safety
-    /// `at` must point to 16 bytes that stay mapped during the call.
-    pub unsafe fn read(at: *const u8) -> Self {
-        // SAFETY: the caller vouches for 16 bytes; the fields may change under us, and each is read once.
-        unsafe {
-            Self {
-                addr: u64::from_le(at.cast::<u64>().read_unaligned()),
-                len: u32::from_le(at.add(8).cast::<u32>().read_unaligned()),
-                flags: u16::from_le(at.add(12).cast::<u16>().read_unaligned()),
-                next: u16::from_le(at.add(14).cast::<u16>().read_unaligned()),
-            }
-        }
-    }
-}
-
 /// The ring. Belongs to one worker thread.
 #[derive(Debug)]
 pub struct Ring {
     spec: RingSpec,
-    mem: Arc<GuestMemory>,
-    desc: *const u8,
+    table: DescriptorTable,
     avail: *const u8,
     used: *mut u8,
     next_used: u16,
@@ -95,7 +65,7 @@ pub struct Ring {
     log: Option<Box<RingLog>>,
 }
 
-// SAFETY: the pointers lead into `mem`, which the ring keeps mapped; a ring is used by one thread at a time.
+// SAFETY: the pointers lead into the memory that `table` keeps mapped; a ring is used by one thread at a time.
 unsafe impl Send for Ring {}
 
 impl Ring {
@@ -108,11 +78,10 @@ impl Ring {
         if !spec.size.is_power_of_two() || spec.size > MAX_QUEUE_SIZE {
             return Err(RingError::Size(spec.size));
         }
-        let (desc, avail, used) = Self::locate(&spec, &mem)?;
+        let (table, avail, used) = Self::locate(&spec, mem)?;
         let mut ring = Self {
             spec,
-            mem,
-            desc,
+            table,
             avail,
             used,
             next_used: 0,
@@ -126,7 +95,10 @@ impl Ring {
         Ok(ring)
     }
 
-    fn locate(spec: &RingSpec, mem: &GuestMemory) -> Result<(*const u8, *const u8, *mut u8), RingError> {
+    fn locate(
+        spec: &RingSpec,
+        mem: Arc<GuestMemory>,
+    ) -> Result<(DescriptorTable, *const u8, *mut u8), RingError> {
         let size = u64::from(spec.size);
         let part = |part, addr: u64, align: u64, len: u64| {
             addr.is_multiple_of(align)
@@ -134,21 +106,25 @@ impl Ring {
                 .flatten()
                 .ok_or(RingError::Address { part, addr })
         };
-        let desc = part("descriptor table", spec.desc, 16, DESC_SIZE * size)?;
         let avail = part("avail ring", spec.avail, 2, 6 + 2 * size)?;
         let used = part("used ring", spec.used, 4, 6 + 8 * size)?;
-        Ok((desc, avail, used))
+        let table = DescriptorTable::new(mem, spec.desc, spec.size)
+            .ok_or(RingError::Address { part: "descriptor table", addr: spec.desc })?;
+        Ok((table, avail, used))
     }
 
     /// Goes on with another memory table in which the ring has the same guest addresses.
     pub fn set_memory(&mut self, mem: Arc<GuestMemory>) -> Result<(), RingError> {
-        (self.desc, self.avail, self.used) = Self::locate(&self.spec, &mem)?;
-        self.mem = mem;
+        (self.table, self.avail, self.used) = Self::locate(&self.spec, mem)?;
         Ok(())
     }
 
+    pub fn table(&self) -> &DescriptorTable {
+        &self.table
+    }
+
     pub fn memory(&self) -> &Arc<GuestMemory> {
-        &self.mem
+        self.table.memory()
     }
 
     pub fn size(&self) -> u16 {
@@ -218,15 +194,6 @@ impl Ring {
         head
     }
 
-    /// The descriptor `index` of the ring's own table.
-    pub fn descriptor(&self, index: u16) -> Option<Descriptor> {
-        if index >= self.spec.size {
-            return None;
-        }
-        // SAFETY: `locate` checked 16·size bytes of table.
-        Some(unsafe { Descriptor::read(self.desc.add(usize::from(index) * 16)) })
-    }
-
     /// Writes a used entry. It becomes visible to the driver with [`Self::publish`].
     pub fn push_used(&mut self, head: u16, len: u32) {
         if self.is_batch_full() {
@@ -268,7 +235,7 @@ impl Ring {
         if self.batch.is_empty() {
             return;
         }
-        if self.mem.is_lost() {
+        if self.memory().is_lost() {
             self.batch.clear();
             return;
         }
@@ -292,7 +259,7 @@ impl Ring {
     fn log_batch(&mut self) {
         let Some(mut log) = self.log.take() else { return };
         for head in &self.batch {
-            log.mark_chain(self, *head);
+            log.mark_chain(&self.table, *head);
         }
         let (first, count) = (usize::from(self.next_used & self.mask()), self.batch.len());
         let before_wrap = count.min(usize::from(self.spec.size) - first);

@@ -12,6 +12,8 @@
 //!
 //! Workers share nothing but the pool: no lock is taken on the way of a request. With nothing to do a worker sleeps; where work
 //! is expected soon, it first looks for it for a moment ([`Poller`]). While it looks, the drivers are not asked for kicks.
+//!
+//! It works in rounds, in which each queue with work has one turn, the longest since its last one first.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,7 +24,7 @@ use std::{io, thread};
 
 use rustix::event::epoll;
 use tracing::{debug, error};
-use vssd_pool::{Lane, Pool};
+use vssd_pool::{Lane, Pool, turns};
 
 use super::dirty_log::QueueLog;
 use super::mailbox::{Mailbox, StopOrder, StopTicket, stop_order};
@@ -30,7 +32,7 @@ use super::memory::GuestMemory;
 use super::poller::Poller;
 use super::queue::{ActiveQueue, QueueStart, Stopped, split_token};
 use crate::device::ReplySink;
-use crate::sandbox::{SandboxError, WorkerFilter};
+use crate::sandbox::{Sandbox, Thread};
 
 const MAILBOX: u64 = u64::MAX;
 const LANE: u64 = u64::MAX - 1;
@@ -45,7 +47,6 @@ enum Command {
     SetLog { key: u32, log: Option<QueueLog>, done: mpsc::Sender<()> },
     SetCall { key: u32, call: Option<OwnedFd> },
     Reply { ticket: u64, response: Vec<u8> },
-    Confine { filter: WorkerFilter, done: mpsc::Sender<Result<(), SandboxError>> },
     Exit,
 }
 
@@ -103,15 +104,21 @@ pub struct Workers {
 
 impl Workers {
     /// Starts `count` threads, each with a lane of `pool`, that look for work for up to `polling` before they sleep.
-    pub fn spawn(pool: &Arc<Pool>, count: usize, polling: Duration) -> io::Result<Self> {
+    pub fn spawn(pool: &Arc<Pool>, count: usize, polling: Duration, sandbox: &Sandbox) -> io::Result<Self> {
         let mut workers = Self { handles: Vec::new(), threads: Vec::new() };
         for index in 0..count.max(1) {
             let mailbox = Arc::new(Mailbox::new()?);
             let handle = WorkerHandle { mailbox: Arc::clone(&mailbox) };
-            let pool = Arc::clone(pool);
+            let (pool, sandbox) = (Arc::clone(pool), sandbox.clone());
             let (ready, started) = mpsc::channel();
             // The lane is made on the thread that uses it: its io_uring accepts no other.
-            let body = move || match Worker::new(&pool, mailbox, polling) {
+            let begin = move || {
+                let worker = Worker::new(&pool, mailbox, polling)?;
+                turns::set_short();
+                sandbox.enter(Thread::Worker).map_err(io::Error::other)?;
+                Ok(worker)
+            };
+            let body = move || match begin() {
                 Ok(mut worker) => {
                     let _ = ready.send(Ok(()));
                     if let Err(error) = worker.run() {
@@ -128,16 +135,6 @@ impl Workers {
             started.recv().unwrap_or_else(|_| Err(io::Error::other("worker thread died at its start")))?;
         }
         Ok(workers)
-    }
-
-    /// Makes every worker give up the calls that `filter` does not allow.
-    pub fn confine(&self, filter: &WorkerFilter) -> Result<(), SandboxError> {
-        let (done, outcomes) = mpsc::channel();
-        for handle in &self.handles {
-            handle.mailbox.post(Command::Confine { filter: filter.clone(), done: done.clone() });
-        }
-        drop(done);
-        outcomes.into_iter().collect()
     }
 
     pub fn handles(&self) -> &[WorkerHandle] {
@@ -189,6 +186,8 @@ struct Worker {
     ready: Vec<(u32, bool)>,
     /// Queues whose drivers were not asked for a kick since their chains were taken.
     quiet: Vec<u32>,
+    /// Turns given to queues so far.
+    turns: u64,
     /// Queues that have answers to publish.
     answered: Vec<u32>,
     commands: Vec<Command>,
@@ -216,6 +215,7 @@ impl Worker {
             poller: Poller::new(polling),
             ready: Vec::new(),
             quiet: Vec::new(),
+            turns: 0,
             answered: Vec::new(),
             commands: Vec::new(),
             exit: false,
@@ -223,35 +223,62 @@ impl Worker {
     }
 
     fn run(&mut self) -> io::Result<()> {
-        let mut again = Vec::new();
+        let mut round: Vec<(u64, u32, bool)> = Vec::new();
         let mut rounds = 0;
         while !self.exit {
-            if self.ready.is_empty() && !self.look() {
+            if !self.ready.is_empty() {
+                // What comes to these meanwhile brings no kick, and is to have its turn as well.
+                self.find_chains();
+            } else if !self.look() {
                 self.ask_for_kicks();
             }
             if self.exit {
                 break;
             }
-            if self.ready.is_empty() || rounds >= ROUNDS_WITHOUT_EPOLL {
+            if self.ready.is_empty() || rounds >= ROUNDS_WITHOUT_EPOLL || self.may_have_been_kicked() {
                 self.wait()?;
                 rounds = 0;
             }
             rounds += 1;
-            std::mem::swap(&mut self.ready, &mut again);
-            for (key, kicked) in again.drain(..) {
+            // One turn a round for each, however often it was said to be ready: kicks are free for a guest. Whoever has waited
+            // longest is first; in any other order some queues are refilled in time for each round, and others for every second.
+            for (key, kicked) in self.ready.drain(..) {
                 if let Some(queue) = self.queues.get_mut(key) {
+                    round.push((queue.last_turn, key, kicked));
+                }
+            }
+            round.sort_unstable();
+            round.dedup_by(|later, first| {
+                let is_same = later.1 == first.1;
+                first.2 |= is_same && later.2;
+                is_same
+            });
+            for (_, key, kicked) in round.drain(..) {
+                if let Some(queue) = self.queues.get_mut(key) {
+                    self.turns += 1;
+                    queue.last_turn = self.turns;
                     let more = queue.process(&mut self.lane, &self.sink, kicked);
                     if more {
                         self.ready.push((key, false));
+                        // A whole turn: others have waited for it.
+                        rounds = ROUNDS_WITHOUT_EPOLL;
                     } else if !self.quiet.contains(&key) {
                         self.quiet.push(key);
                     }
-                    self.answered.push(key);
+                    // Before the next queue's turn, which may bring a long message of the guest channel.
+                    queue.flush_used();
                 }
             }
             self.publish();
         }
         Ok(())
+    }
+
+    /// Whether there is a queue besides those that are known to have work or are looked at: only the descriptors tell of it,
+    /// and it is to have its turn as often as they.
+    fn may_have_been_kicked(&self) -> bool {
+        let others = self.ready.iter().filter(|(key, _)| !self.quiet.contains(key)).count();
+        self.queues.0.len() > self.quiet.len() + others
     }
 
     /// Waits for the descriptors, or only asks them if there is work already.
@@ -279,6 +306,15 @@ impl Worker {
         Ok(())
     }
 
+    /// Queues whose drivers were not asked for a kick, and have work nevertheless, are ready.
+    fn find_chains(&mut self) {
+        for &key in &self.quiet {
+            if self.queues.get_mut(key).is_some_and(|queue| queue.has_chains()) {
+                self.ready.push((key, false));
+            }
+        }
+    }
+
     /// Looks for work for as long as that promises to be worth it. True if there was some.
     fn look(&mut self) -> bool {
         let window = self.poller.window();
@@ -287,11 +323,7 @@ impl Worker {
         }
         let mut since = Instant::now();
         loop {
-            for &key in &self.quiet {
-                if self.queues.get_mut(key).is_some_and(|queue| queue.has_chains()) {
-                    self.ready.push((key, false));
-                }
-            }
+            self.find_chains();
             if self.lane.has_news() {
                 self.reap();
                 self.publish();
@@ -335,11 +367,16 @@ impl Worker {
     }
 
     fn reap(&mut self) {
-        let (queues, answered) = (&mut self.queues, &mut self.answered);
+        let (queues, answered, ready) = (&mut self.queues, &mut self.answered, &mut self.ready);
         self.lane.poll(&mut |token, result| {
             let (key, head) = split_token(token);
             if let Some(queue) = queues.get_mut(key) {
+                let was_full = queue.is_full();
                 queue.complete(head, result);
+                if was_full && !queue.is_full() {
+                    // Chains may have waited for this, and their kick is long past.
+                    ready.push((key, false));
+                }
                 answered.push(key);
             }
         });
@@ -392,9 +429,6 @@ impl Worker {
                         queue.reply(head, &response);
                         self.answered.push(key);
                     }
-                }
-                Command::Confine { filter, done } => {
-                    let _ = done.send(filter.install());
                 }
                 Command::Exit => self.exit = true,
             }

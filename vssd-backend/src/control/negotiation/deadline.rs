@@ -4,10 +4,11 @@
 //!
 //! A guest is inactive when it does not move blocks at a minimum rate, for "one block every few seconds" is the way
 //! to look busy for ever. Progress since the last mark counts when it is at least one per cent of the way, or at
-//! least 1 MiB a second on average; then the mark moves on. A guest that declined is not inactive: it has answered.
+//! least 1 MiB a second on average; then the mark moves on. A guest that declined is not inactive, for it has answered; nor is one whose blocks the pool has not got.
 
 use serde_json::json;
 
+use super::job::Job;
 use super::{Effect, INACTIVE_MS, Negotiation, News, UNCOOPERATIVE_MS};
 
 const MIN_RATE_BYTES_PER_S: u64 = 1 << 20;
@@ -70,7 +71,9 @@ impl Negotiation {
         let (requested, plugged) = (self.requested, self.counts.plugged);
         // Space that nobody ordered for it a guest may take or leave.
         let due = plugged > requested || (plugged < requested && self.job.is_some());
-        let asked = due && self.session.as_ref().is_some_and(|s| !s.declined) && !self.host_op_in_flight();
+        let is_starved = self.job.as_ref().is_some_and(Job::is_starved);
+        let answered = is_starved || self.session.as_ref().is_none_or(|session| session.declined);
+        let asked = due && !answered && !self.host_op_in_flight();
         if !asked {
             self.pace = None;
             return;

@@ -7,7 +7,7 @@ use vssd_protocol::control::{ErrorCode, JobState, OnTimeout};
 use vssd_protocol::guest::{DeclineReason, Reason};
 use vssd_protocol::units::ByteCount;
 
-use super::{Driver, Effect, Negotiation, News, OpBy, PROGRESS_MS, Pick, Resize, Route};
+use super::{Driver, Effect, Negotiation, News, OpBy, PROGRESS_MS, Pick, Resize, Route, SPACE_MS};
 
 /// Who asked, as the kernel says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,9 +74,27 @@ pub(super) struct Job {
     message: String,
     /// When progress was last shown.
     shown_ms: u64,
+    /// Without a deadline: how long the guest may meet a pool without space.
+    patience_ms: Option<u64>,
+    /// Since when the guest has met nothing else.
+    starved_ms: Option<u64>,
 }
 
+/// What a job says while the guest asks for blocks that the pool does not have.
+const STARVED: &str = "the pool has no space for the blocks that the guest asks for";
+
 impl Job {
+    /// When it is to end whatever has become of it. The guest is told of a deadline only, for it cannot make space.
+    pub(super) fn ends_at(&self) -> Option<u64> {
+        let starved = self.starved_ms.zip(self.patience_ms).filter(|_| !self.deadline_over);
+        let starved = starved.map(|(since, patience)| since.saturating_add(patience));
+        [self.deadline_at(), starved].into_iter().flatten().min()
+    }
+
+    pub(super) fn is_starved(&self) -> bool {
+        self.starved_ms.is_some()
+    }
+
     pub(super) fn deadline_at(&self) -> Option<u64> {
         let at = self.started_ms.saturating_add(self.deadline_ms?);
         (!self.deadline_over).then_some(at)
@@ -137,6 +155,11 @@ impl Negotiation {
             Route::AskGuest | Route::AwaitDriver => Way::Guest,
             Route::Force | Route::Settling => Way::Open,
         };
+        // A job with a deadline ends by that alone.
+        let patience_ms = match plan.deadline_ms {
+            Some(_) => None,
+            None => Some(self.policy.deadline_ms).filter(|ms| *ms > 0).or(Some(SPACE_MS)),
+        };
         let job = Job {
             id,
             state: JobState::Created,
@@ -152,6 +175,8 @@ impl Negotiation {
             declined: None,
             message: if note.is_empty() { plan.route.waits_for().to_owned() } else { note.to_owned() },
             shown_ms: now,
+            patience_ms,
+            starved_ms: None,
         };
         let mut data = json!({
             "from_bytes": self.bytes(job.from),
@@ -237,6 +262,7 @@ impl Negotiation {
         let plugged = self.counts.plugged;
         let (plugged_bytes, by_guest) = (self.bytes(plugged), self.session.is_some());
         let Some(job) = &mut self.job else { return };
+        job.starved_ms = None;
         if job.reached(plugged) {
             return; // the end is told, not the step before it
         }
@@ -264,6 +290,14 @@ impl Negotiation {
             "plugged_bytes": plugged_bytes,
         });
         fx.push(Effect::Emit(News { event, job: Some(id), data }));
+    }
+
+    /// The guest asked for blocks, and the pool had none.
+    pub(super) fn note_starved(&mut self, now: u64, fx: &mut Vec<Effect>) {
+        let Some(job) = self.job.as_mut().filter(|job| job.grows()) else { return };
+        job.starved_ms.get_or_insert(now);
+        let state = job.state;
+        self.job_state(state, STARVED, now, fx);
     }
 
     /// The guest declined the newest target.
@@ -354,12 +388,16 @@ impl Negotiation {
     /// Acts on a deadline that has passed.
     pub(super) fn check_deadline(&mut self, now: u64, fx: &mut Vec<Effect>) {
         let Some(job) = &mut self.job else { return };
-        if job.deadline_at().is_none_or(|at| at > now) || job.reached(self.counts.plugged) {
+        if job.ends_at().is_none_or(|at| at > now) || job.reached(self.counts.plugged) {
             return;
         }
+        let error = if job.is_starved() { ErrorCode::PoolFull } else { ErrorCode::TimedOut };
         let unheard = job.state == JobState::Created && job.way != Way::Host;
         let why = match &job.declined {
             Some(declined) => declined.clone(),
+            None if job.is_starved() => {
+                format!("the time is over, and {STARVED}: shrink or delete another vSSD, then ask again")
+            }
             None if unheard => {
                 "the deadline passed, and no driver that can choose blocks was there".to_owned()
             }
@@ -375,12 +413,12 @@ impl Negotiation {
                 self.news_target();
             }
             OnTimeout::Fail => {
-                self.finish(JobState::Expired, why, Some(ErrorCode::TimedOut), None, now, fx);
+                self.finish(JobState::Expired, why, Some(error), None, now, fx);
                 self.withdraw(fx);
             }
             OnTimeout::Wait | OnTimeout::Force => {
                 let message = format!("{why}; the guest is still asked");
-                self.finish(JobState::Expired, message, Some(ErrorCode::TimedOut), None, now, fx);
+                self.finish(JobState::Expired, message, Some(error), None, now, fx);
                 self.news_target(); // the deadline is gone
             }
         }

@@ -63,6 +63,8 @@ pub const SETTLE_MS: u64 = 3_000;
 pub const INACTIVE_MS: u64 = 5_000;
 /// No progress for so long: the guest is uncooperative.
 pub const UNCOOPERATIVE_MS: u64 = 20_000;
+/// The guest has met a pool without space for so long: its grow ends, if neither it nor the policy has a deadline.
+pub const SPACE_MS: u64 = 60_000;
 /// Progress of a job is shown no more often than this.
 pub const PROGRESS_MS: u64 = 100;
 /// What a guest can cause at will is told to operators no more often than this.
@@ -348,7 +350,10 @@ impl Negotiation {
                 self.driver_name = None;
             }
             Event::QueueStarted { queue, fresh } => self.queue_started(queue, fresh, now, &mut fx),
-            Event::Quiesce => self.release_parked(guest::RequestResult::NoNews, &mut fx),
+            Event::Quiesce => {
+                self.release_parked(guest::RequestResult::NoNews, &mut fx);
+                self.release_asked(guest::RequestResult::Busy, &mut fx);
+            }
             Event::Guest { reply, request, fresh_epoch } => {
                 self.guest(reply, request, fresh_epoch, now, &mut fx);
             }
@@ -387,7 +392,7 @@ impl Negotiation {
             Driver::Settling { until_ms } => Some(until_ms),
             _ => None,
         };
-        let job = self.job.as_ref().and_then(Job::deadline_at);
+        let job = self.job.as_ref().and_then(Job::ends_at);
         let pace = self.pace.as_ref().and_then(Pace::wake_at);
         [settle, job, pace].into_iter().flatten().min()
     }
@@ -529,9 +534,16 @@ impl Negotiation {
         if moved > 0 && !by_this_session {
             self.news_state();
         }
+        self.answer_asked(fx);
         match op.by {
             OpBy::Guest { reply, .. } => {
                 self.note_progress(moved, now, fx);
+                if let Outcome::Ranges { statuses, .. } = &outcome
+                    && moved == 0
+                    && statuses.contains(&RangeStatus::NoSpace)
+                {
+                    self.note_starved(now, fx);
+                }
                 let response = match outcome {
                     Outcome::Ranges { statuses, .. } => Response {
                         result: guest::RequestResult::Ok,

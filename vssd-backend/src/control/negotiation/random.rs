@@ -143,7 +143,11 @@ impl World {
             Act::Queue { queue, fresh } => self.rig.apply(Event::QueueStarted { queue, fresh }),
             Act::Quiesce => {
                 self.rig.apply(Event::Quiesce);
+                let owed = self.sent.iter().filter(|reply| !self.rig.answers.contains_key(reply)).count();
+                let moves = |effect: &&Effect| matches!(effect, Effect::Unplug { .. } | Effect::Plug { .. });
+                let under_way = self.rig.queue.iter().filter(moves).count();
                 assert_eq!(self.parked(), 0, "a WAIT is parked although its queue stops");
+                assert!(owed <= under_way, "a STATE is parked although its queue stops");
             }
             Act::Hello => self.hello(),
             Act::Wait { seen } => {
@@ -159,7 +163,9 @@ impl World {
             }
             Act::Decline { back } => {
                 let probe = self.send(Request::State { epoch, flags: 0, start: 1000 });
-                let seq = self.rig.answers[&probe].sizes.seq.saturating_sub(back);
+                // None while the host moves blocks.
+                let seq = self.rig.answers.get(&probe).map_or(0, |answer| answer.sizes.seq);
+                let seq = seq.saturating_sub(back);
                 self.send(Request::Decline { epoch, seq, could_give: 3, reason: DeclineReason::Busy });
             }
             Act::Pull(want_blocks) => {

@@ -22,6 +22,8 @@ pub(super) struct Session {
     target_seq: u64,
     state_seq: u64,
     parked: Option<Parked>,
+    /// STATE requests that came while blocks were moved by others than this session.
+    asked: Vec<Asked>,
     pub(super) could_give: Option<u32>,
     /// The driver declined the newest target and has made no progress since.
     pub(super) declined: bool,
@@ -31,6 +33,14 @@ pub(super) struct Session {
 struct Parked {
     reply: ReplyId,
     seq_seen: u64,
+}
+
+/// A STATE request.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Asked {
+    reply: ReplyId,
+    start: u32,
+    empty_only: bool,
 }
 
 impl Negotiation {
@@ -62,6 +72,7 @@ impl Negotiation {
     /// Ends the session; whatever carries its epoch from now on is stale.
     pub(super) fn end_session(&mut self, fx: &mut Vec<Effect>) {
         self.release_parked(RequestResult::Stale, fx);
+        self.release_asked(RequestResult::Stale, fx);
         self.session = None;
         self.pace = None;
     }
@@ -71,6 +82,27 @@ impl Negotiation {
         let sizes = self.sizes();
         if let Some(parked) = self.session.as_mut().and_then(|s| s.parked.take()) {
             fx.push(Effect::Answer { reply: parked.reply, response: Response::plain(result, sizes) });
+        }
+    }
+
+    /// Sends STATE requests back.
+    pub(super) fn release_asked(&mut self, result: RequestResult, fx: &mut Vec<Effect>) {
+        let asked = self.session.as_mut().map(|s| std::mem::take(&mut s.asked)).unwrap_or_default();
+        for Asked { reply, .. } in asked {
+            self.answer(reply, result, fx);
+        }
+    }
+
+    /// Answers STATE requests, once blocks stand still but for what the session itself does: sizes and ranges of an answer
+    /// are of one moment.
+    pub(super) fn answer_asked(&mut self, fx: &mut Vec<Effect>) {
+        let sizes = self.sizes();
+        let Some(session) = &mut self.session else { return };
+        let mine = |by: &OpBy| matches!(by, OpBy::Guest { epoch, .. } if *epoch == session.epoch);
+        if self.ops.values().all(|op| mine(&op.by)) {
+            let answer =
+                |Asked { reply, start, empty_only }| Effect::AnswerState { reply, sizes, start, empty_only };
+            fx.extend(session.asked.drain(..).map(answer));
         }
     }
 
@@ -133,7 +165,9 @@ impl Negotiation {
                     self.answer(reply, RequestResult::Invalid, fx);
                 } else {
                     let empty_only = flags & guest::STATE_F_EMPTY != 0;
-                    fx.push(Effect::AnswerState { reply, sizes: self.sizes(), start, empty_only });
+                    let asked = Asked { reply, start, empty_only };
+                    self.session.iter_mut().for_each(|session| session.asked.push(asked.clone()));
+                    self.answer_asked(fx);
                 }
             }
             Request::Wait { seq_seen, .. } => self.wait(reply, seq_seen, fx),
@@ -171,6 +205,7 @@ impl Negotiation {
                 target_seq: 1,
                 state_seq: 0,
                 parked: None,
+                asked: Vec::new(),
                 could_give: None,
                 declined: false,
             });

@@ -543,6 +543,68 @@ fn deadline_with_wait_expires_and_goes_on_asking() {
     assert_eq!(rig.sizes(), (60, 60));
 }
 
+/// Asks for ten blocks as the guest's driver; what it is answered.
+fn ask_for_ten(rig: &mut Rig, epoch: u64) -> RangeStatus {
+    let ranges = vec![BlockRange::new(rig.counts().plugged, 10)];
+    let reply = rig.send(Request::Plug { epoch, ranges });
+    rig.run_pool();
+    let ResponseBody::Ranges(statuses) = &rig.answers[&reply].body else { panic!("{reply:?}") };
+    statuses[0]
+}
+
+/// protocol.md: V-50.
+#[test]
+fn grow_that_meets_a_full_pool_and_has_no_deadline_ends_all_the_same() {
+    for on_timeout in [OnTimeout::Wait, OnTimeout::Fail, OnTimeout::Force] {
+        let (mut rig, epoch) = Rig::vssd_guest(100);
+        let patience = SPACE_MS;
+        rig.can_plug = 110;
+        let job = rig.resize(Wish { on_timeout: Some(on_timeout), ..Rig::wish(150) }).unwrap();
+        rig.pass(2 * patience);
+        assert!(!rig.state(job).is_final(), "a guest may take its time");
+        assert_eq!(ask_for_ten(&mut rig, epoch), RangeStatus::Ok);
+        let mut tries = 0;
+        while !rig.state(job).is_final() {
+            assert_eq!(ask_for_ten(&mut rig, epoch), RangeStatus::NoSpace);
+            tries += 1;
+            assert!(tries < 100 && rig.jobs[&job].message.contains("no space"), "{tries}");
+            rig.pass(patience / 10);
+        }
+        assert_eq!(tries, 10);
+        let view = &rig.jobs[&job];
+        assert_eq!(
+            (view.state, view.error, view.plugged),
+            (JobState::Expired, Some(ErrorCode::PoolFull), 110)
+        );
+        assert!(view.message.contains("shrink or delete another vSSD"), "{}", view.message);
+        let target = if on_timeout == OnTimeout::Fail { 110 } else { 150 };
+        assert_eq!(rig.sizes(), (target, 110));
+    }
+}
+
+/// protocol.md: V-50.
+#[test]
+fn grow_that_meets_a_full_pool_goes_on_when_there_is_space_again() {
+    let (mut rig, epoch) = Rig::vssd_guest(100);
+    let patience = SPACE_MS;
+    let job = rig.resize_to(150);
+    for room in [110, 120, 130, 140] {
+        rig.can_plug = room;
+        assert_eq!(ask_for_ten(&mut rig, epoch), RangeStatus::Ok);
+        assert_eq!(ask_for_ten(&mut rig, epoch), RangeStatus::NoSpace);
+        rig.pass(patience - 1);
+        assert!(!rig.state(job).is_final(), "{room}");
+    }
+    rig.can_plug = 1000;
+    assert_eq!(ask_for_ten(&mut rig, epoch), RangeStatus::Ok);
+    assert_eq!(rig.state(job), JobState::Done);
+    assert!(
+        rig.events.iter().all(|event| !event.event.starts_with("guest.")),
+        "no fault of the guest's: {:?}",
+        rig.events
+    );
+}
+
 /// protocol.md: section 14.
 #[test]
 fn deadline_with_fail_withdraws() {
@@ -578,6 +640,27 @@ fn deadline_with_force_takes_empty_blocks_first_and_tells_the_guest() {
     let wait = rig.send(Request::Wait { epoch, seq_seen: rig.answers[&wait].sizes.seq });
     let ResponseBody::Wait { flags, .. } = rig.answers[&wait].body else { panic!("parked") };
     assert_eq!(flags & guest::NEWS_STATE, guest::NEWS_STATE);
+}
+
+/// protocol.md: V-44.
+#[test]
+fn state_is_told_when_the_host_has_moved_its_blocks() {
+    let (mut rig, epoch) = Rig::vssd_guest(100);
+    let state = Request::State { epoch, flags: 0, start: 0 };
+    rig.resize(Wish { force: true, ..Rig::wish(60) }).unwrap();
+    let asked = rig.send(state.clone());
+    assert!(!rig.answers.contains_key(&asked), "the ranges would be of another moment than the count");
+    rig.run_pool();
+    let answer = &rig.answers[&asked];
+    assert_eq!((answer.result, answer.sizes.plugged_blocks), (RequestResult::Ok, 60));
+
+    rig.resize(Wish { force: true, ..Rig::wish(50) }).unwrap();
+    let stopped = rig.send(state.clone());
+    rig.apply(Event::Quiesce);
+    assert_eq!(rig.answers[&stopped].result, RequestResult::Busy, "its queue stops");
+    let old = rig.send(state);
+    rig.boot();
+    assert_eq!(rig.answers[&old].result, RequestResult::Stale);
 }
 
 /// protocol.md: V-40.

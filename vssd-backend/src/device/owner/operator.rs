@@ -292,6 +292,7 @@ impl Owner {
             problem: alarm::problem(&info),
             media: info.media.iter().map(medium_info).collect(),
             devices: u32::try_from(self.devices.len()).unwrap_or(u32::MAX),
+            refused_calls: crate::sandbox::refusals::count(),
             name: info.name,
         }
     }
@@ -340,7 +341,7 @@ impl Owner {
     }
 
     fn frontend(&self, id: VssdId) -> crate::device::FrontendStatus {
-        self.frontends.as_ref().map(|frontends| frontends.status(id)).unwrap_or_default()
+        self.frontends.status(id)
     }
 
     fn describe(&self, id: VssdId, device: &Device, pool_failed: bool) -> DeviceInfo {
