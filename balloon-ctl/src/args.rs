@@ -11,7 +11,6 @@ use serde::de::DeserializeOwned;
 use vssd_protocol::control::{self, Class, OnTimeout, PullPolicy, is_valid_name};
 use vssd_protocol::units::ByteCount;
 
-use crate::attach::Vmm;
 use crate::size::{Millis, SizeChange, grow_amount, shrink_amount};
 
 /// Shown below the help and in the manual page.
@@ -192,6 +191,16 @@ pub(crate) enum Command {
         #[arg(value_name = "JSON")]
         params: Option<String>,
     },
+}
+
+/// A virtual machine monitor that `attach-info` knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Vmm {
+    Qemu,
+    Libvirt,
+    CloudHypervisor,
+    Crosvm,
+    Firecracker,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   args ──► commands ──► client ──JSON-RPC──► vssd-backend
-//!                 └─────► output (tables, JSON), progress, attach, doctor
+//!                 └─────► output (tables, JSON), progress, session (where, how long, how shown)
 //! ```
 //!
 //! It knows the control channel and nothing of how the daemon does its work.
@@ -12,13 +12,12 @@
 #![forbid(unsafe_code)]
 
 mod args;
-mod attach;
 mod client;
 mod commands;
-mod doctor;
 mod error;
 mod output;
 mod progress;
+mod session;
 mod size;
 
 use std::env;
@@ -28,8 +27,8 @@ use clap::Parser;
 use clap::error::ErrorKind;
 
 use crate::args::Cli;
-use crate::commands::Session;
 use crate::error::{CtlError, Exit};
+use crate::session::Session;
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -37,7 +36,7 @@ fn main() -> ExitCode {
         Err(err) => return explain(&err),
     };
     let session = Session::new(&cli.global);
-    match session.run(cli.command) {
+    match commands::run(&session, cli.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => {
             report(&err, session.out.json);

@@ -125,6 +125,14 @@ impl Output {
     }
 }
 
+/// The word that the wire has for a value of one of the protocol's enums.
+pub(crate) fn word(value: &impl Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(Value::String(word)) => word,
+        _ => NOTHING.to_owned(),
+    }
+}
+
 /// The object that `--json` prints, schema first.
 pub(crate) fn envelope<const N: usize>(members: [(&str, Value); N]) -> String {
     #[derive(Serialize)]

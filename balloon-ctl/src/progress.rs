@@ -8,8 +8,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use vssd_protocol::control::{JobInfo, JobState};
 
-use crate::commands::word;
-use crate::output::{Output, eprint_line, has_colour, printable};
+use crate::output::{Output, eprint_line, has_colour, printable, word};
 use crate::size::Millis;
 
 #[derive(Debug)]

@@ -4,18 +4,17 @@
 
 use std::cmp::Reverse;
 
-use serde::Serialize;
 use serde_json::Value;
 use vssd_protocol::control::{
     CreateParams, DeleteParams, DeviceInfo, DeviceList, DriverKind, EvictedParams, EvictedRanges,
     LimitsParams, NameParams, method,
 };
 
-use super::{Session, require_terminal};
 use crate::args::{CreateArgs, LimitsArgs, SortKey};
 use crate::client::{Answer, Client};
 use crate::error::Result;
-use crate::output::{NOTHING, Output};
+use crate::output::{NOTHING, Output, word};
+use crate::session::{Session, require_terminal};
 use crate::size::Millis;
 
 pub(crate) fn fetch(client: &mut Client, name: String) -> Result<Answer<DeviceInfo>> {
@@ -226,14 +225,6 @@ pub(super) fn evicted(session: &Session, name: String) -> Result<()> {
             [range.start.to_string(), range.count.to_string(), bytes(range.start), bytes(range.count)]
         }),
     )
-}
-
-/// The word that the wire has for a value of one of the protocol's enums.
-pub(crate) fn word(value: &impl Serialize) -> String {
-    match serde_json::to_value(value) {
-        Ok(Value::String(word)) => word,
-        _ => nothing(),
-    }
 }
 
 /// The items of the list `key` of an answer, as they came.

@@ -8,10 +8,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use vssd_protocol::control::{Event, SubscribeParams, Subscribed, method};
 
-use super::Session;
 use crate::client::Answer;
 use crate::error::{CtlError, Result};
 use crate::output::{NOTHING, Output};
+use crate::session::Session;
 
 /// How long the daemon may take between two of the events it has kept.
 const BACKLOG_GAP: Duration = Duration::from_secs(10);

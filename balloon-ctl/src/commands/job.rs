@@ -8,12 +8,11 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use vssd_protocol::control::{JobInfo, JobList, JobParams, JobState, JobWaitParams, method};
 
-use super::Session;
-use super::device::word;
 use crate::client::{Answer, Client};
 use crate::error::{CtlError, Result};
-use crate::output::NOTHING;
+use crate::output::{NOTHING, word};
 use crate::progress::Progress;
+use crate::session::Session;
 use crate::size::Millis;
 
 /// How long one `job.wait` may take: well below the daemon's limit, so that a dead daemon is noticed.

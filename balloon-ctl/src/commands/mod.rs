@@ -1,130 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The commands: each calls the daemon and hands what it learns to [`Output`].
+//! The commands: each calls the daemon and hands what it learns to [`Output`](crate::output::Output).
 
+mod attach;
 mod device;
+mod doctor;
 mod events;
 mod job;
 mod pool;
 mod resize;
 mod server;
 
-pub(crate) use device::{fetch, frontend, word};
-pub(crate) use server::hello;
+use crate::args::{Command, JobCommand, PoolCommand};
+use crate::error::Result;
+use crate::session::Session;
 
-use std::env;
-use std::io::{self, BufRead, IsTerminal, Write};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-
-use crate::args::{Command, GlobalArgs, JobCommand, PoolCommand};
-use crate::attach;
-use crate::client::Client;
-use crate::doctor;
-use crate::error::{CtlError, Result};
-use crate::output::{Output, printable};
-
-const SYSTEM_SOCKET: &str = "/run/vssd/control.sock";
-const USER_SOCKET: &str = "vssd/control.sock";
-const CALL_LIMIT: Duration = Duration::from_secs(10);
-
-/// What all commands share: where the daemon is, how long to wait, how to print.
-#[derive(Debug)]
-pub(crate) struct Session {
-    pub(crate) socket: PathBuf,
-    /// As given; a command that waits for a job has no limit without it.
-    timeout: Option<Duration>,
-    begun: Instant,
-    pub(crate) out: Output,
-}
-
-impl Session {
-    pub(crate) fn new(global: &GlobalArgs) -> Self {
-        Self {
-            socket: global.socket.clone().unwrap_or_else(default_socket),
-            timeout: global.timeout.map(|time| Duration::from_millis(time.0)),
-            begun: Instant::now(),
-            out: Output::new(global.json, global.exact, !global.no_headers, global.quiet),
+/// Carries out what the command line asks for.
+pub(crate) fn run(session: &Session, command: Command) -> Result<()> {
+    match command {
+        Command::List { sort } => device::list(session, sort),
+        Command::Show { name } => device::show(session, name),
+        Command::Create(args) => device::create(session, args),
+        Command::Delete { name, force, yes, dry_run } => device::delete(session, name, force, yes, dry_run),
+        Command::Resize { name, size, options } => resize::run(session, name, size, &options),
+        Command::Grow { name, amount, options } | Command::Shrink { name, amount, options } => {
+            resize::run(session, name, amount, &options)
         }
-    }
-
-    pub(crate) fn connect(&self) -> Result<Client> {
-        Client::connect(&self.socket, self.timeout.unwrap_or(CALL_LIMIT))
-    }
-
-    /// When a command that waits gives up.
-    fn give_up_at(&self) -> Option<Instant> {
-        self.begun.checked_add(self.timeout?)
-    }
-
-    pub(crate) fn run(&self, command: Command) -> Result<()> {
-        match command {
-            Command::List { sort } => device::list(self, sort),
-            Command::Show { name } => device::show(self, name),
-            Command::Create(args) => device::create(self, args),
-            Command::Delete { name, force, yes, dry_run } => device::delete(self, name, force, yes, dry_run),
-            Command::Resize { name, size, options } => resize::run(self, name, size, &options),
-            Command::Grow { name, amount, options } | Command::Shrink { name, amount, options } => {
-                resize::run(self, name, amount, &options)
-            }
-            Command::Limits(args) => device::limits(self, args),
-            Command::Evicted { name } => device::evicted(self, name),
-            Command::Jobs => job::list(self),
-            Command::Job(JobCommand::Show { id }) => job::show(self, id),
-            Command::Job(JobCommand::Cancel { id }) => job::cancel(self, id),
-            Command::Job(JobCommand::Wait { id }) => job::wait(self, id),
-            Command::Events { follow, since, types } => events::run(self, follow, since, &types),
-            Command::Pool(PoolCommand::Status) => pool::status(self),
-            Command::Pool(PoolCommand::Create(args)) => pool::create(args),
-            Command::Pool(PoolCommand::Check { files }) => pool::check(self, files),
-            Command::AttachInfo { name, vmm, queues, memory } => {
-                attach::run(self, name, vmm, attach::Options { queues, memory })
-            }
-            Command::Doctor => doctor::run(self),
-            Command::Ping => server::ping(self),
-            Command::Version => server::version(self),
-            Command::Completion { shell } => server::completion(self, shell),
-            Command::Man { dir } => server::man(&dir),
-            Command::Rpc { method, params } => server::rpc(self, &method, params.as_deref()),
+        Command::Limits(args) => device::limits(session, args),
+        Command::Evicted { name } => device::evicted(session, name),
+        Command::Jobs => job::list(session),
+        Command::Job(JobCommand::Show { id }) => job::show(session, id),
+        Command::Job(JobCommand::Cancel { id }) => job::cancel(session, id),
+        Command::Job(JobCommand::Wait { id }) => job::wait(session, id),
+        Command::Events { follow, since, types } => events::run(session, follow, since, &types),
+        Command::Pool(PoolCommand::Status) => pool::status(session),
+        Command::Pool(PoolCommand::Create(args)) => pool::create(args),
+        Command::Pool(PoolCommand::Check { files }) => pool::check(session, files),
+        Command::AttachInfo { name, vmm, queues, memory } => {
+            attach::run(session, name, vmm, attach::Options { queues, memory })
         }
-    }
-
-    /// Asks on a terminal whether `question` is meant; elsewhere `--yes` has to say so.
-    fn confirm(&self, question: &str) -> Result<()> {
-        // Standard error is a terminal here; one that goes away leaves nobody to answer, which is a no.
-        let mut stderr = io::stderr().lock();
-        let _ = write!(stderr, "{} [y/N] ", printable(question)).and_then(|()| stderr.flush());
-        drop(stderr);
-        let mut answer = String::new();
-        io::stdin()
-            .lock()
-            .read_line(&mut answer)
-            .map_err(|source| CtlError::Local { what: "standard input".to_owned(), source })?;
-        match answer.trim().to_ascii_lowercase().as_str() {
-            "y" | "yes" => Ok(()),
-            _ => Err(CtlError::Declined),
-        }
-    }
-}
-
-/// Refuses to go on where nobody can be asked: before anything is sent to the daemon.
-fn require_terminal(what: &str) -> Result<()> {
-    if io::stdin().is_terminal() && io::stderr().is_terminal() {
-        Ok(())
-    } else {
-        Err(CtlError::Usage {
-            message: format!("{what} needs a confirmation, and this is no terminal"),
-            hint: Some("add --yes if it is meant"),
-        })
-    }
-}
-
-/// The first of the two usual places that has a socket; the system's where neither has.
-fn default_socket() -> PathBuf {
-    let system = Path::new(SYSTEM_SOCKET);
-    let user = env::var_os("XDG_RUNTIME_DIR").map(|dir| Path::new(&dir).join(USER_SOCKET));
-    match user {
-        Some(user) if !system.exists() && user.exists() => user,
-        _ => system.to_owned(),
+        Command::Doctor => doctor::run(session),
+        Command::Ping => server::ping(session),
+        Command::Version => server::version(session),
+        Command::Completion { shell } => server::completion(session, shell),
+        Command::Man { dir } => server::man(&dir),
+        Command::Rpc { method, params } => server::rpc(session, &method, params.as_deref()),
     }
 }

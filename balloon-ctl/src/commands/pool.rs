@@ -12,10 +12,10 @@ use std::process::Command;
 use serde_json::json;
 use vssd_protocol::control::{PoolStatus, method};
 
-use super::Session;
 use crate::args::PoolCreateArgs;
 use crate::client::Answer;
 use crate::error::{CtlError, Result};
+use crate::session::Session;
 
 const BACKEND: &str = "vssd-backend";
 
@@ -58,6 +58,13 @@ pub(super) fn status(session: &Session) -> Result<()> {
     if let Some(problem) = &pool.problem {
         out.line("")?;
         out.line(problem)?;
+    }
+    if pool.refused_calls > 0 {
+        out.line("")?;
+        let count = pool.refused_calls;
+        out.line(&format!(
+            "the daemon's sandbox refused {count} system calls: its log says which; please report it"
+        ))?;
     }
     out.line("")?;
     out.table(

@@ -8,11 +8,12 @@
 use serde_json::{Value, json};
 use vssd_protocol::control::{DeviceInfo, ErrorCode, ResizeAnswer, ResizeParams, method};
 
-use super::{Session, device, job, require_terminal};
+use super::{device, job};
 use crate::args::ResizeArgs;
 use crate::client::Answer;
 use crate::error::{CtlError, Refusal, Result};
 use crate::output::Output;
+use crate::session::{Session, require_terminal};
 use crate::size::SizeChange;
 
 pub(super) fn run(session: &Session, name: String, change: SizeChange, options: &ResizeArgs) -> Result<()> {

@@ -10,10 +10,10 @@ use clap::CommandFactory;
 use serde_json::{Value, json};
 use vssd_protocol::control::{HelloParams, SCHEMA, ServerInfo, method};
 
-use super::Session;
 use crate::args::Cli;
 use crate::client::{Answer, Client};
 use crate::error::{CtlError, Result};
+use crate::session::Session;
 use crate::size::Millis;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");

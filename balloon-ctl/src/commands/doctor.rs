@@ -14,10 +14,12 @@ use vssd_protocol::control::{
     DeviceInfo, DeviceList, DeviceState, DriverKind, PoolStatus, SCHEMA, ServerInfo, method,
 };
 
+use super::device::frontend;
+use super::server::hello;
 use crate::client::{Answer, Client};
-use crate::commands::{Session, frontend, hello};
 use crate::error::{CtlError, Result};
 use crate::output::has_colour;
+use crate::session::Session;
 
 /// Below this, registering I/O buffers of several queues may fail.
 const MEMLOCK_WANTED: u64 = 64 << 20;

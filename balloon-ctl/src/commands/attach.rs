@@ -3,21 +3,14 @@
 //! What to give to a virtual machine monitor so that its guest gets a vSSD: ready to paste, with the limits
 //! of that monitor as comments. Texts only; [`run`] is all that asks the daemon.
 
-use clap::ValueEnum;
 use serde_json::{Value, json};
 use vssd_protocol::units::ByteCount;
 
-use crate::commands::{Session, fetch, word};
+use super::device::fetch;
+use crate::args::Vmm;
 use crate::error::{CtlError, Result};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Vmm {
-    Qemu,
-    Libvirt,
-    CloudHypervisor,
-    Crosvm,
-    Firecracker,
-}
+use crate::output::word;
+use crate::session::Session;
 
 impl Vmm {
     fn as_str(self) -> &'static str {
@@ -183,6 +176,8 @@ fn xml_text(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::ValueEnum;
+
     use super::*;
 
     const OPTIONS: Options = Options { queues: 4, memory: ByteCount(2 << 30) };
