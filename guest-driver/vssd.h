@@ -129,11 +129,14 @@ struct vssd_hints {
 	unsigned long *queued;		/* bitmap of all blocks that are hinted */
 	u32 nr_blocks;			/* bits set therein */
 	u32 generation;			/* how often the hints were cleared */
+	bool in_hand;			/* some that were taken are being given up */
+	wait_queue_head_t settled;	/* for !@in_hand */
 };
 
 /* How the driver chooses when there are not enough hints. */
 enum vssd_nominate {
 	VSSD_NOMINATE_HINTS,		/* not at all */
+	VSSD_NOMINATE_BLANK,		/* any block, while no block holds data */
 	VSSD_NOMINATE_EMPTY,		/* blocks that hold no data */
 	VSSD_NOMINATE_COLD,		/* then those longest unused */
 };
@@ -154,6 +157,13 @@ enum {
 	VSSD_F_POLL_DUE,		/* ask for the sizes */
 	VSSD_F_RESYNC,			/* read the plugged set */
 	VSSD_F_HINTED,			/* hints or rules changed */
+};
+
+/* What user space says when it has no more hints. */
+struct vssd_verdict {
+	u64 seq;			/* the news it speaks of */
+	u32 reason;			/* VSSD_DECLINE_*, 0: none was given */
+	u32 could_give;			/* blocks, if asked again */
 };
 
 /* A wish for more blocks. */
@@ -244,8 +254,9 @@ struct vssd {
 	unsigned int hint_wait_ms;
 
 	/* User space. */
-	struct mutex pull_lock;
+	struct mutex pull_lock;		/* of @pull and @verdict */
 	struct vssd_pull pull;
+	struct vssd_verdict verdict;
 	wait_queue_head_t pull_wait;
 	struct proc_dir_entry *proc_dir;
 	atomic_t agents;		/* open files of `request` that may also hint */
@@ -331,11 +342,12 @@ int vssd_hints_extend(struct vssd_hints *hints, u32 total);
 void vssd_hints_free(struct vssd_hints *hints);
 int vssd_hints_add(struct vssd_hints *hints, u32 start, u32 count,
 		   const struct vssd_blocks *blocks);
-void vssd_hints_clear(struct vssd_hints *hints);
+int vssd_hints_clear(struct vssd_hints *hints);
 u32 vssd_hints_take(struct vssd_hints *hints, u32 need, const unsigned long *skip,
 		    struct vssd_span *spans, u32 most, u32 *generation);
 void vssd_hints_done(struct vssd_hints *hints, const struct vssd_span *span, u32 generation);
 void vssd_hints_set_aside(struct vssd_hints *hints, const struct vssd_span *span, u32 generation);
+void vssd_hints_settled(struct vssd_hints *hints);
 void vssd_hints_rewind(struct vssd_hints *hints);
 bool vssd_hints_get(const struct vssd_hints *hints, u64 index, struct vssd_span *span);
 

@@ -742,7 +742,10 @@ static int vssd_read_limits(struct vssd *vssd, struct vssd_limits *lim)
 	lim->max_segments = clamp(vssd_config32(vdev, VIRTIO_BLK_F_SEG_MAX,
 						VSSD_CONFIG(seg_max), 1),
 				  1U, VSSD_MAX_SEGMENTS);
-	lim->max_segment_size = clamp_t(size_t, virtio_max_dma_size(vdev), PAGE_SIZE, U32_MAX);
+	/* The block layer cannot split a page, and a device that takes less cannot be used anyway. */
+	max = vssd_config32(vdev, VIRTIO_BLK_F_SIZE_MAX, VSSD_CONFIG(size_max), U32_MAX);
+	lim->max_segment_size = clamp_t(size_t, min_t(size_t, virtio_max_dma_size(vdev), max),
+					PAGE_SIZE, U32_MAX);
 	lim->write_cache = virtio_has_feature(vdev, VIRTIO_BLK_F_FLUSH);
 
 	/* A request counts its bytes in 32 bits; whole blocks suit the device. */

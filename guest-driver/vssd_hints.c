@@ -7,7 +7,8 @@
  * disk has blocks. The bit in @queued is set as long as a block is in the queue or in the hands
  * of the work item, which takes blocks from the front (vssd_hints_take()) and either is rid of
  * them (vssd_hints_done()) or sets them aside (vssd_hints_set_aside()) until its pass is over
- * (vssd_hints_rewind()).
+ * (vssd_hints_rewind()). Between taking and vssd_hints_settled() they are in hand: who takes all
+ * hints back waits for that, and knows then that none of these blocks goes any more.
  */
 #include <linux/bitmap.h>
 #include <linux/mm.h>
@@ -27,6 +28,7 @@ struct vssd_hint_chunk {
 void vssd_hints_init(struct vssd_hints *hints)
 {
 	mutex_init(&hints->lock);
+	init_waitqueue_head(&hints->settled);
 	INIT_LIST_HEAD(&hints->chunks);
 	INIT_LIST_HEAD(&hints->aside);
 }
@@ -145,8 +147,14 @@ int vssd_hints_add(struct vssd_hints *hints, u32 start, u32 count,
 	return err;
 }
 
-/* Forgets all hints. */
-void vssd_hints_clear(struct vssd_hints *hints)
+/**
+ * vssd_hints_clear - forget all hints
+ * @hints: the queue
+ *
+ * Return: 0 when no block that was hinted before goes any more. -EINTR: the hints are forgotten,
+ * but those in hand may still go.
+ */
+int vssd_hints_clear(struct vssd_hints *hints)
 {
 	mutex_lock(&hints->lock);
 	vssd_hints_drop(hints);
@@ -154,6 +162,7 @@ void vssd_hints_clear(struct vssd_hints *hints)
 	hints->nr_blocks = 0;
 	hints->generation++;
 	mutex_unlock(&hints->lock);
+	return wait_event_interruptible(hints->settled, !READ_ONCE(hints->in_hand)) ? -EINTR : 0;
 }
 
 /**
@@ -200,8 +209,21 @@ u32 vssd_hints_take(struct vssd_hints *hints, u32 need, const unsigned long *ski
 		list_del(&chunk->list);
 		kfree(chunk);
 	}
+	if (n)
+		WRITE_ONCE(hints->in_hand, true);
 	mutex_unlock(&hints->lock);
 	return n;
+}
+
+/**
+ * vssd_hints_settled - whatever was taken has gone or stays
+ * @hints: the queue
+ */
+void vssd_hints_settled(struct vssd_hints *hints)
+{
+	/* Releases: who sees it also sees which blocks are evicted. */
+	smp_store_release(&hints->in_hand, false);
+	wake_up_all(&hints->settled);
 }
 
 /**

@@ -87,7 +87,7 @@ static struct vssd *vssd_alloc(struct virtio_device *vdev)
 		return NULL;
 	vssd->vdev = vdev;
 	vssd->state = VSSD_STALE;
-	vssd->nominate = VSSD_NOMINATE_EMPTY;
+	vssd->nominate = VSSD_NOMINATE_BLANK;
 	vssd->hint_wait_ms = VSSD_HINT_WAIT_MS;
 	vssd->wait_armed = jiffies - HZ;
 	vssd->resynced = jiffies - HZ;
@@ -309,6 +309,7 @@ static const struct virtio_device_id vssd_id_table[] = {
 };
 
 static const unsigned int vssd_features[] = {
+	VIRTIO_BLK_F_SIZE_MAX,
 	VIRTIO_BLK_F_SEG_MAX,
 	VIRTIO_BLK_F_RO,
 	VIRTIO_BLK_F_BLK_SIZE,

@@ -305,16 +305,43 @@ static int vssd_parse_number(char **p, u32 *number)
 	return value > U32_MAX ? -ERANGE : 0;
 }
 
+/* "<seq> <reason> <blocks>": user space has no more hints for the news @seq, and why. */
+static int vssd_hints_end(struct vssd *vssd, const char *args)
+{
+	static const char * const names[] = {
+		[VSSD_DECLINE_NOTHING]	= "nothing",
+		[VSSD_DECLINE_BUSY]	= "busy",
+		[VSSD_DECLINE_POLICY]	= "policy",
+		[VSSD_DECLINE_ERROR]	= "error",
+	};
+	struct vssd_verdict verdict;
+	char reason[8], end;
+	int i;
+
+	if (sscanf(args, "%llu %7s %u %c", &verdict.seq, reason, &verdict.could_give, &end) != 3)
+		return -EINVAL;
+	for (i = VSSD_DECLINE_NOTHING; i < ARRAY_SIZE(names); i++)
+		if (!strcmp(reason, names[i]))
+			break;
+	if (i == ARRAY_SIZE(names))
+		return -EINVAL;
+	verdict.reason = i;
+	mutex_lock(&vssd->pull_lock);
+	vssd->verdict = verdict;
+	mutex_unlock(&vssd->pull_lock);
+	return 0;
+}
+
 static int vssd_hints_line(struct vssd *vssd, char *line)
 {
 	int start_err, count_err;
 	u32 start, count;
 	char *p = line;
 
-	if (!strcmp(line, "clear")) {
-		vssd_hints_clear(&vssd->hints);
-		return 0;
-	}
+	if (!strcmp(line, "clear"))
+		return vssd_hints_clear(&vssd->hints);
+	if (str_has_prefix(line, "end "))
+		return vssd_hints_end(vssd, line + 4);
 	start_err = vssd_parse_number(&p, &start);
 	if (start_err == -EINVAL || (*p != ' ' && *p != '\t'))
 		return -EINVAL;

@@ -224,6 +224,9 @@ int vssd_begin_session(struct vssd *vssd)
 	vssd->seq = 0;
 	WRITE_ONCE(vssd->seq_heard, 0);
 	vssd->declined = false;
+	mutex_lock(&vssd->pull_lock);
+	vssd->verdict = (struct vssd_verdict) {};
+	mutex_unlock(&vssd->pull_lock);
 	vssd->resynced = jiffies - HZ;
 	set_bit(VSSD_F_RESYNC, &vssd->flags);
 	vssd_reset_backoff(vssd);

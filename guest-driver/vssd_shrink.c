@@ -84,7 +84,7 @@ static int vssd_find_empty(struct vssd *vssd)
  * Chooses empty blocks, the highest first: the beginning of a disk is what is used first, and a
  * driver that does not know vSSDs can use it up to its highest plugged block.
  */
-static int vssd_pick_empty(struct vssd *vssd, struct vssd_pass *pass, u32 need)
+static int vssd_pick_empty(struct vssd *vssd, struct vssd_pass *pass, u32 need, bool only_blank)
 {
 	struct vssd_span *batch = vssd->batch;
 	unsigned long i;
@@ -97,6 +97,13 @@ static int vssd_pick_empty(struct vssd *vssd, struct vssd_pass *pass, u32 need)
 			return err;
 		pass->empty_known = true;
 		pass->empty_end = vssd->blocks.total;
+		/*
+		 * Where something was written, blocks that nobody wrote to may be needed all the
+		 * same: a file system that finds its log empty reads zeroes, not errors.
+		 */
+		if (only_blank &&
+		    bitmap_weight(vssd->scratch, vssd->blocks.total) != vssd_plugged(vssd))
+			pass->empty_end = 0;
 	}
 	while (need && pass->empty_end) {
 		i = find_last_bit(vssd->scratch, pass->empty_end);
@@ -123,6 +130,17 @@ static int vssd_pick_empty(struct vssd *vssd, struct vssd_pass *pass, u32 need)
 	return n;
 }
 
+/* What user space said of the newest news; no reason if it may still bring hints. */
+static struct vssd_verdict vssd_last_verdict(struct vssd *vssd)
+{
+	struct vssd_verdict verdict;
+
+	mutex_lock(&vssd->pull_lock);
+	verdict = vssd->verdict;
+	mutex_unlock(&vssd->pull_lock);
+	return verdict.seq == vssd->seq_heard ? verdict : (struct vssd_verdict) {};
+}
+
 /*
  * Fills the batch with blocks of one stage, and goes to the next stage when one has no more.
  *
@@ -132,24 +150,32 @@ static int vssd_pick_empty(struct vssd *vssd, struct vssd_pass *pass, u32 need)
 static int vssd_pick(struct vssd *vssd, struct vssd_pass *pass, u32 need)
 {
 	enum vssd_nominate nominate = READ_ONCE(vssd->nominate);
+	bool more_hints = !vssd_last_verdict(vssd).reason;
 	int n = 0;
+
+	/*
+	 * A file system may write to any free block, and there may be one on a disk that is not in
+	 * use just now: who has said that there are no more hints knows better.
+	 */
+	if (vssd_in_use(vssd) || !more_hints)
+		nominate = VSSD_NOMINATE_HINTS;
 
 	for (; pass->stage < VSSD_STAGE_END; pass->stage++) {
 		switch (pass->stage) {
 		case VSSD_STAGE_HINTS:
 			n = vssd_hints_take(&vssd->hints, need, vssd->blocks.evicted, vssd->batch,
 					    vssd->max_ranges, &pass->generation);
-			if (!n && atomic_read(&vssd->agents) &&
+			if (!n && more_hints && atomic_read(&vssd->agents) &&
 			    time_before(jiffies, vssd->hint_deadline))
 				return -EINPROGRESS;
 			break;
 		case VSSD_STAGE_EMPTY:
-			/* A file system may write to any free block: only an agent knows better. */
-			if (nominate >= VSSD_NOMINATE_EMPTY && !vssd_in_use(vssd))
-				n = vssd_pick_empty(vssd, pass, need);
+			if (nominate >= VSSD_NOMINATE_BLANK)
+				n = vssd_pick_empty(vssd, pass, need,
+						    nominate == VSSD_NOMINATE_BLANK);
 			break;
 		case VSSD_STAGE_COLD:
-			if (nominate >= VSSD_NOMINATE_COLD && !vssd_in_use(vssd))
+			if (nominate >= VSSD_NOMINATE_COLD)
 				n = vssd_blocks_coldest(&vssd->blocks, need, vssd->hints.queued,
 							vssd->batch, vssd->max_ranges);
 			break;
@@ -290,6 +316,8 @@ static int vssd_give(struct vssd *vssd, struct vssd_pass *pass, u32 n)
 	}
 	vssd_blk_release_parked(vssd);
 	memalloc_noio_restore(noio);
+	if (pass->stage == VSSD_STAGE_HINTS)
+		vssd_hints_settled(&vssd->hints);
 	return err;
 }
 
@@ -302,12 +330,16 @@ static bool vssd_declined(const struct vssd *vssd)
 static int vssd_decline(struct vssd *vssd, const struct vssd_pass *pass)
 {
 	u32 could_give = pass->busy + pass->refused, reason;
+	struct vssd_verdict verdict = vssd_last_verdict(vssd);
 	struct vssd_news news;
 	int err;
 
 	if (vssd_declined(vssd))
 		return 0;
-	if (could_give)
+	could_give = min_t(u64, (u64)could_give + verdict.could_give, vssd_plugged(vssd));
+	if (verdict.reason)
+		reason = verdict.reason;
+	else if (could_give)
 		reason = VSSD_DECLINE_BUSY;
 	else if (READ_ONCE(vssd->nominate) == VSSD_NOMINATE_HINTS || vssd_in_use(vssd))
 		reason = VSSD_DECLINE_POLICY;

@@ -23,6 +23,7 @@ static const char * const vssd_state_names[] = {
 
 static const char * const vssd_nominate_names[] = {
 	[VSSD_NOMINATE_HINTS]	= "hints",
+	[VSSD_NOMINATE_BLANK]	= "blank",
 	[VSSD_NOMINATE_EMPTY]	= "empty",
 	[VSSD_NOMINATE_COLD]	= "cold",
 };
