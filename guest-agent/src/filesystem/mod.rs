@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The file system source: blocks that a mounted ext4 or XFS has free, held in a balloon file.
+//!
+//! ```text
+//!   mountinfo ──► mount ──► balloon (fallocate, punch) ◄──► ioctl (FIEMAP)
+//!                                 └──► layout (extents ◄──► blocks, pure)
+//! ```
+//!
+//! The order makes it safe. A block is nominated only when a file that is durable holds it, and a block leaves that file only
+//! when it is plugged again: so the file system never uses a block that the host has, in any crash of guest or agent.
+
+mod balloon;
+mod ioctl;
+mod layout;
+mod mount;
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use tracing::{debug, info};
+use vssd_protocol::units::{BlockRange, ByteCount};
+
+use self::balloon::Balloon;
+pub(crate) use self::balloon::Space;
+use self::layout::Geometry;
+use self::mount::Mount;
+use crate::blocks::BlockSet;
+use crate::config::Share;
+use crate::disk::Status;
+use crate::error::{AgentError, Result};
+
+/// The most that is allocated at a time: the host sees progress in between.
+const STEP: u64 = 1 << 30;
+/// Of a step, at least this part must be whole blocks, or the file system is too fragmented to go on.
+const LEAST_GAIN: u64 = 8;
+
+/// What a disk's file system can do without.
+#[derive(Debug)]
+pub(crate) struct Filesystem {
+    disk: String,
+    point: Option<PathBuf>,
+    reserve: Share,
+}
+
+/// How much could go, in blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub(crate) struct Estimate {
+    /// In the balloon file already.
+    pub(crate) held_blocks: u32,
+    /// Free, less the reserve.
+    pub(crate) free_blocks: u32,
+}
+
+impl Filesystem {
+    pub(crate) fn new(disk: &str, point: Option<PathBuf>, reserve: Share) -> Self {
+        Self { disk: disk.to_owned(), point, reserve }
+    }
+
+    fn mount(&self) -> Result<Mount> {
+        mount::find(&self.disk, self.point.as_deref())
+    }
+
+    fn geometry(mount: &Mount, status: &Status) -> Result<Geometry> {
+        let Mount { point, place, .. } = mount;
+        let (len, group) = if mount.is_xfs {
+            let root = File::open(point).map_err(|source| AgentError::io("open", point, source))?;
+            let (len, group) = ioctl::xfs_lens(&root)
+                .map_err(|source| AgentError::io("ask for the length of", point, source))?;
+            (len, Some(group))
+        } else {
+            (place.len, None)
+        };
+        Ok(Geometry {
+            offset: place.offset,
+            end: place.offset.saturating_add(len),
+            group,
+            block_size: status.block_size.into(),
+            total_blocks: status.total_blocks,
+            grain: balloon::stat(point)?.f_frsize,
+        })
+    }
+
+    /// The balloon file, if there is one.
+    fn balloon(&self, status: &Status) -> Result<Option<Balloon>> {
+        let mount = self.mount()?;
+        Balloon::open(&mount, Self::geometry(&mount, status)?)
+    }
+
+    /// The balloon file; there is one from now on.
+    fn made_balloon(&self, status: &Status) -> Result<Balloon> {
+        let mount = self.mount()?;
+        if mount.read_only {
+            return Err(AgentError::io("write to", &mount.point, rustix::io::Errno::ROFS));
+        }
+        Balloon::make(&mount, Self::geometry(&mount, status)?)
+    }
+
+    /// The blocks that the balloon file holds.
+    pub(crate) fn held(&self, status: &Status) -> Result<BlockSet> {
+        match self.balloon(status)? {
+            Some(balloon) => balloon.blocks(),
+            None => Ok(BlockSet::new(status.total_blocks)),
+        }
+    }
+
+    /// What could go beyond the blocks that have gone.
+    pub(crate) fn estimate(&self, status: &Status, evicted: &BlockSet) -> Result<Estimate> {
+        let held = self.held(status)?.without(evicted).len();
+        let room = self.room(self.space()?) / u64::from(status.block_size);
+        Ok(Estimate { held_blocks: held, free_blocks: u32::try_from(room).unwrap_or(u32::MAX) })
+    }
+
+    /// Its size and what it has free.
+    pub(crate) fn space(&self) -> Result<Space> {
+        Ok(Space::of(&balloon::stat(&self.mount()?.point)?))
+    }
+
+    fn room(&self, space: Space) -> u64 {
+        space.free.saturating_sub(self.reserve.bytes(space.size))
+    }
+
+    /// Takes about `want` blocks more into the balloon file, a step at a time, and gives all that it holds then.
+    pub(crate) fn take(&self, status: &Status, evicted: &BlockSet, want: u32) -> Result<BlockSet> {
+        let mut balloon = self.made_balloon(status)?;
+        let before = balloon.blocks()?;
+        // Also of blocks that have gone without being in the file as a whole.
+        let mut keep = before.clone();
+        keep.extend(evicted);
+        let block = u64::from(status.block_size);
+        let mut room = self.room(balloon.space()?);
+        if room < u64::from(want) * block {
+            // Pieces of blocks are of no use here. They become part of what stays free, and for them comes what is in one piece:
+            // both ext4 and XFS look for that first.
+            balloon.shrink_to(&keep)?;
+            // What was deleted is free once the file system has noted that; and whatever is not used need not be stored.
+            let root = balloon.root()?;
+            rustix::fs::syncfs(&root).map_err(|errno| AgentError::io("sync", balloon.path(), errno))?;
+            match ioctl::trim(&root) {
+                Ok(bytes) => {
+                    info!(disk = self.disk, trimmed = %ByteCount(bytes), "more is asked for than is free");
+                }
+                Err(error) => debug!(disk = self.disk, %error, "cannot discard what is free"),
+            }
+            room = self.room(balloon.space()?);
+        }
+        if room < block {
+            let space = balloon.space()?;
+            return Err(AgentError::Full {
+                path: balloon.path().to_owned(),
+                free: ByteCount(space.free),
+                reserve: ByteCount(self.reserve.bytes(space.size)),
+            });
+        }
+        let step = room.min(STEP).min(u64::from(want) * block) / block * block;
+        balloon.grow(step)?;
+        let held = balloon.blocks()?;
+        let whole = u64::from(held.len().saturating_sub(before.len())) * block;
+        if whole < step / LEAST_GAIN {
+            keep.extend(&held);
+            balloon.shrink_to(&keep)?;
+            let (asked, whole) = (ByteCount(step), ByteCount(whole));
+            return Err(AgentError::Fragmented { path: balloon.path().to_owned(), asked, whole });
+        }
+        Ok(held)
+    }
+
+    /// Lets the file system have all that is no part of the blocks in `keep`.
+    pub(crate) fn keep(&self, status: &Status, keep: &BlockSet) -> Result<()> {
+        match self.balloon(status)? {
+            Some(mut balloon) => balloon.shrink_to(keep),
+            None => Ok(()),
+        }
+    }
+
+    /// The blocks of `blocks` that are this file system's, wholly or in part.
+    fn inside(&self, status: &Status, blocks: &BlockSet) -> Result<BlockSet> {
+        let place = self.mount()?.place;
+        let block = u64::from(status.block_size);
+        let at = |block: u64| u32::try_from(block).unwrap_or(u32::MAX);
+        let (first, end) = (at(place.offset / block), at((place.offset + place.len).div_ceil(block)));
+        let outside = [BlockRange::new(0, first), BlockRange::new(end, u32::MAX)];
+        Ok(blocks.without(&BlockSet::of(status.total_blocks, outside)))
+    }
+
+    /// Blocks of this file system that the host has and the balloon file has not.
+    pub(crate) fn uncovered(&self, status: &Status, evicted: &BlockSet) -> Result<BlockSet> {
+        Ok(self.inside(status, evicted)?.without(&self.held(status)?))
+    }
+
+    /// Takes all free space for a moment, so that the balloon file holds every free block that the host has; gives those that
+    /// it does not hold even then.
+    pub(crate) fn cover(&self, status: &Status, evicted: &BlockSet) -> Result<BlockSet> {
+        let mut balloon = self.made_balloon(status)?;
+        let gone = self.inside(status, evicted)?;
+        let mut step = STEP;
+        loop {
+            let missing = gone.without(&balloon.blocks()?);
+            if missing.is_empty() || step < u64::from(status.block_size) {
+                return Ok(missing);
+            }
+            step = step.min(balloon.space()?.free);
+            if step > 0 && !balloon.grow(step)? {
+                step /= 2;
+            }
+        }
+    }
+
+    /// Where the balloon file is, or would be.
+    pub(crate) fn path(&self) -> Result<PathBuf> {
+        Ok(self.mount()?.point.join(balloon::NAME))
+    }
+}

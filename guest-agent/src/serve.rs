@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The loop that serves one disk. It is level-triggered: each round asks what the host wants now and what is the case, and
+//! remembers nothing that a crash could lose.
+//!
+//! ```text
+//!   to give > 0:  nominate what the balloon holds, take more into it, nominate that, …   until the host has enough,
+//!                 or nothing more can go: then say so ("end")
+//!   else:         take all hints back ► read which blocks are gone ► let go of all others
+//! ```
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::{error, info, warn};
+use vssd_protocol::units::ByteCount;
+
+use crate::blocks::BlockSet;
+use crate::config::DiskConfig;
+use crate::disk::{Disk, Status, Why};
+use crate::error::{AgentError, Result};
+use crate::filesystem::Filesystem;
+use crate::pull::{Need, Pull};
+
+/// News ends a wait; this is for what brings none: a file system that is mounted or has become emptier.
+const IDLE: Duration = Duration::from_secs(10);
+/// Though nothing seems to have changed, somebody may have deleted the balloon file.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+/// For blocks that were nominated to go.
+const GOING: Duration = Duration::from_secs(1);
+/// For the host to give blocks back.
+const GRANT: Duration = Duration::from_secs(3);
+/// For a disk that is not there.
+const ABSENT: Duration = Duration::from_secs(5);
+
+/// Serves the disk called `name` for as long as this process lives.
+pub(crate) fn serve(name: &str, config: &DiskConfig) -> Result<()> {
+    let filesystem = Filesystem::new(name, config.mount.clone(), config.reserve);
+    loop {
+        match Disk::open(name) {
+            Ok(disk) => {
+                info!(disk = name, "serves");
+                let pull = Pull::new(config.pull_below, config.pull_until);
+                let mut server =
+                    Server { disk, filesystem: &filesystem, pull, ended: None, settled: None, told: None };
+                let gone = server.run();
+                warn!(disk = name, reason = %gone, "the disk has gone");
+            }
+            Err(AgentError::NoDisk { .. }) => {}
+            // There will be no other outcome by waiting.
+            Err(error) => return Err(error),
+        }
+        thread::sleep(ABSENT);
+    }
+}
+
+struct Server<'a> {
+    disk: Disk,
+    filesystem: &'a Filesystem,
+    pull: Pull,
+    /// Session and number of the news that were answered with "end".
+    ended: Option<(String, u64)>,
+    /// What was the case when the balloon file was last looked at and found right, and when that was.
+    settled: Option<(Status, Instant)>,
+    /// The last complaint, so that each is made once.
+    told: Option<String>,
+}
+
+impl Server<'_> {
+    /// Until the disk goes.
+    fn run(&mut self) -> AgentError {
+        loop {
+            let outcome = self.disk.look().and_then(|status| self.round(&status));
+            match outcome {
+                Ok(()) => self.told = None,
+                Err(error @ AgentError::NoDisk { .. }) => return error,
+                Err(error) => self.complain(&error),
+            }
+            if let Err(error) = self.disk.wait(IDLE) {
+                return error;
+            }
+        }
+    }
+
+    /// Does what the host wants now.
+    fn round(&mut self, status: &Status) -> Result<()> {
+        if status.to_give() > 0 {
+            self.give(status).or_else(|error| self.refuse(status, error))
+        } else {
+            self.settle(status)?;
+            self.ask(status)
+        }
+    }
+
+    fn complain(&mut self, error: &AgentError) {
+        let text = error.message();
+        if self.told.as_ref() != Some(&text) {
+            error!(disk = self.disk.name(), code = error.code(), hint = error.hint(), "{text}");
+            self.told = Some(text);
+        }
+    }
+
+    /// Gives blocks until the host has what it wants, or no more can go.
+    fn give(&mut self, first: &Status) -> Result<()> {
+        let name = self.disk.name().to_owned();
+        let total = first.total_blocks;
+        let bytes = |blocks: u32| ByteCount(u64::from(blocks) * u64::from(first.block_size));
+        if !self.has_ended(first) {
+            info!(disk = name, seq = first.seq, reason = first.reason, wanted = %bytes(first.to_give()), "the host asks for blocks back");
+        }
+        let mut nominated = BlockSet::new(total);
+        let mut held = self.filesystem.held(first)?;
+        loop {
+            // In this order: a block that goes in between is counted twice as going, and no block is taken in vain.
+            let evicted = self.disk.evicted(total)?;
+            let status = self.disk.look()?;
+            let wanted = status.to_give();
+            if wanted == 0 || status.total_blocks != total {
+                // The next round settles.
+                return Ok(());
+            }
+            let new = held.without(&evicted).without(&nominated);
+            if !new.is_empty() {
+                self.disk.hint(new.ranges())?;
+                for range in new.ranges() {
+                    nominated.insert(range);
+                }
+            }
+            let going = nominated.without(&evicted).len();
+            if going >= wanted {
+                self.disk.wait(GOING)?;
+                // Whatever keeps them, the driver tells the host.
+                if self.disk.look()?.plugged_blocks == status.plugged_blocks {
+                    return Ok(());
+                }
+                continue;
+            }
+            held = self.filesystem.take(&status, &evicted, wanted - going)?;
+        }
+    }
+
+    fn has_ended(&self, status: &Status) -> bool {
+        self.ended.as_ref().is_some_and(|(epoch, seq)| *epoch == status.epoch && *seq == status.seq)
+    }
+
+    /// Says to the host, once for each of its wishes, that no more can go.
+    fn refuse(&mut self, status: &Status, error: AgentError) -> Result<()> {
+        if !self.has_ended(status) {
+            let why = match &error {
+                AgentError::Full { .. } | AgentError::Fragmented { .. } => Why::Nothing,
+                AgentError::Unsuitable { .. } | AgentError::NotMounted { .. } => Why::Policy,
+                error if error.is_read_only() => Why::Policy,
+                _ => Why::Error,
+            };
+            self.disk.end(status.seq, why, 0)?;
+            self.ended = Some((status.epoch.clone(), status.seq));
+        }
+        Err(error)
+    }
+
+    /// Lets go of everything that the host does not have.
+    fn settle(&mut self, status: &Status) -> Result<()> {
+        if self.settled.as_ref().is_some_and(|(then, at)| then == status && at.elapsed() < LOOK_AGAIN) {
+            return Ok(());
+        }
+        self.settled = None;
+        // Hints that were not used would let blocks go later that the file system has again by then.
+        self.disk.clear()?;
+        let evicted = self.disk.evicted(status.total_blocks)?;
+        if !evicted.is_empty() {
+            self.cover(status, &evicted)?;
+        }
+        // Some may have come back meanwhile; they are let go of now. What changes from here on is for the next round.
+        let seen = self.disk.look()?;
+        let evicted = self.disk.evicted(status.total_blocks)?;
+        match self.filesystem.keep(status, &evicted) {
+            // There is nothing to let go of, until something is mounted.
+            Err(AgentError::NotMounted { .. }) if evicted.is_empty() => return Ok(()),
+            other => other?,
+        }
+        self.settled = Some((seen, Instant::now()));
+        Ok(())
+    }
+
+    /// Asks for blocks back when the file system is short of space.
+    fn ask(&mut self, status: &Status) -> Result<()> {
+        if status.evicted_blocks == 0 {
+            return Ok(());
+        }
+        let space = self.filesystem.space()?;
+        let need = Need {
+            size: space.size,
+            free: space.free,
+            block_size: status.block_size.into(),
+            evicted_blocks: status.evicted_blocks,
+        };
+        match self.pull.want(need, Instant::now()) {
+            Some(blocks) => {
+                info!(disk = self.disk.name(), free = %ByteCount(space.free), blocks, "asks the host for blocks back");
+                self.disk.pull(blocks)
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Somebody has deleted the balloon file, or the host took blocks that the file system holds free.
+    fn cover(&self, status: &Status, evicted: &BlockSet) -> Result<()> {
+        let mut evicted = evicted.clone();
+        loop {
+            let missing = self.filesystem.uncovered(status, &evicted)?;
+            if missing.is_empty() {
+                return Ok(());
+            }
+            warn!(
+                disk = self.disk.name(),
+                missing = missing.len(),
+                "the file system believes blocks free that the host has"
+            );
+            // It is safest to have them back: whatever the file system does with them then goes well.
+            self.disk.pull(missing.len())?;
+            let since = Instant::now();
+            while since.elapsed() < GRANT && self.disk.look()?.evicted_blocks == evicted.len() {
+                self.disk.wait(GRANT / 10)?;
+            }
+            let now = self.disk.evicted(status.total_blocks)?;
+            if now.len() >= evicted.len() {
+                break;
+            }
+            evicted = now;
+        }
+        // The host has no more. They are taken out of the file system, before it writes to them.
+        let still = self.filesystem.cover(status, &evicted)?;
+        if still.is_empty() {
+            return Ok(());
+        }
+        Err(AgentError::Uncovered { path: self.filesystem.path()?, blocks: still.len() })
+    }
+}

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What the agent says when it is asked: the state of each disk, and what it would do.
+
+use serde::Serialize;
+use vssd_protocol::units::ByteCount;
+
+use crate::blocks::BlockSet;
+use crate::config::Config;
+use crate::disk::{self, Status};
+use crate::error::Result;
+use crate::filesystem::{Estimate, Filesystem};
+
+#[derive(Debug, Serialize)]
+struct Report {
+    disk: String,
+    device: String,
+    state: String,
+    block_size_bytes: u32,
+    total_blocks: u32,
+    plugged_blocks: u32,
+    requested_blocks: u32,
+    to_give_blocks: u32,
+    evicted_blocks: u32,
+    /// Either this or a problem.
+    #[serde(flatten)]
+    inside: Option<Inside>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+}
+
+/// What the file system says.
+#[derive(Debug, Serialize)]
+struct Inside {
+    balloon_file: String,
+    could_give: Estimate,
+    /// Evicted blocks of the file system that no balloon file holds: any but 0 is a fault.
+    uncovered_blocks: u32,
+}
+
+fn look(name: &str, config: &Config) -> Result<(Status, Report)> {
+    let status = disk::status(name)?;
+    let evicted = disk::evicted(name, status.total_blocks)?;
+    let settings = config.of(name);
+    let filesystem = Filesystem::new(name, settings.mount, settings.reserve);
+    let (inside, problem) = match inside(&filesystem, &status, &evicted) {
+        Ok(inside) => (Some(inside), None),
+        Err(error) => (None, Some(error.to_string())),
+    };
+    let report = Report {
+        disk: name.to_owned(),
+        device: status.name.clone(),
+        state: status.state.clone(),
+        block_size_bytes: status.block_size,
+        total_blocks: status.total_blocks,
+        plugged_blocks: status.plugged_blocks,
+        requested_blocks: status.requested_blocks,
+        to_give_blocks: status.to_give(),
+        evicted_blocks: evicted.len(),
+        inside,
+        problem,
+    };
+    Ok((status, report))
+}
+
+fn inside(filesystem: &Filesystem, status: &Status, evicted: &BlockSet) -> Result<Inside> {
+    Ok(Inside {
+        balloon_file: filesystem.path()?.display().to_string(),
+        could_give: filesystem.estimate(status, evicted)?,
+        uncovered_blocks: filesystem.uncovered(status, evicted)?.len(),
+    })
+}
+
+/// The state of each disk.
+pub(crate) fn print(disks: &[String], config: &Config, json: bool) -> Result<()> {
+    for name in disks {
+        let (_, report) = look(name, config)?;
+        if json {
+            println!("{}", serde_json::json!(report));
+        } else {
+            print_text(&report);
+        }
+    }
+    Ok(())
+}
+
+fn print_text(report: &Report) {
+    let bytes = |blocks: u32| ByteCount(u64::from(blocks) * u64::from(report.block_size_bytes));
+    println!(
+        "{} ({}): {} of {} plugged, {} asked, state {}",
+        report.disk,
+        report.device,
+        bytes(report.plugged_blocks),
+        bytes(report.total_blocks),
+        bytes(report.requested_blocks),
+        report.state
+    );
+    if let Some(inside) = &report.inside {
+        println!(
+            "  balloon file {}: {} gone, {} held, {} more could go",
+            inside.balloon_file,
+            bytes(report.evicted_blocks),
+            bytes(inside.could_give.held_blocks),
+            bytes(inside.could_give.free_blocks)
+        );
+        if inside.uncovered_blocks > 0 {
+            println!("  {} are gone without being in it: grow the vSSD back", bytes(inside.uncovered_blocks));
+        }
+    }
+    if let Some(problem) = &report.problem {
+        println!("  {problem}");
+    }
+}
+
+/// What [`crate::serve`] would do for each disk.
+pub(crate) fn print_plan(disks: &[String], config: &Config) -> Result<()> {
+    for name in disks {
+        let (status, report) = look(name, config)?;
+        print_text(&report);
+        let wanted = status.to_give();
+        let bytes = |blocks: u32| ByteCount(u64::from(blocks) * u64::from(status.block_size));
+        match report.inside.map(|inside| inside.could_give) {
+            _ if wanted == 0 => println!("  would do nothing: the host asks for nothing back"),
+            Some(could) => {
+                let free = wanted.saturating_sub(could.held_blocks).min(could.free_blocks);
+                let short = wanted.saturating_sub(could.held_blocks).saturating_sub(free);
+                println!("  would give {}: {} of them from free space", bytes(wanted - short), bytes(free));
+                if short > 0 {
+                    println!("  would decline {}", bytes(short));
+                }
+            }
+            None => println!("  would decline {}", bytes(wanted)),
+        }
+    }
+    Ok(())
+}
