@@ -25,7 +25,7 @@ use vssd_pool::{Vssd, VssdId};
 use vssd_protocol::units::ByteOffset;
 
 /// Front-ends that nobody connects to.
-struct Nobody(OwnerHandle, Mutex<HashMap<u32, FrontendStatus>>);
+struct Nobody(OwnerHandle, Mutex<HashMap<u32, FrontendStatus>>, Option<mpsc::Receiver<()>>);
 
 impl Frontends for Nobody {
     fn open(&mut self, vssd: &Arc<Vssd>, _: ByteOffset) -> Result<(), FrontendError> {
@@ -36,8 +36,12 @@ impl Frontends for Nobody {
     fn close(&mut self, device: VssdId) -> Result<(), FrontendError> {
         let (done, stopped) = mpsc::channel();
         self.0.send(DeviceEvent::Quiesce { device, done });
-        let _ = stopped.recv_timeout(Duration::from_secs(10));
+        self.2 = Some(stopped);
         Ok(())
+    }
+
+    fn is_closed(&mut self, _: VssdId) -> bool {
+        !matches!(self.2.as_ref().map(mpsc::Receiver::try_recv), Some(Err(mpsc::TryRecvError::Empty)))
     }
 
     fn set_capacity(&mut self, _: VssdId, _: ByteOffset) {}
@@ -63,12 +67,13 @@ fn daemon() -> &'static Daemon {
         let (owner, events, wake) = OwnerHandle::new().unwrap();
         let server = Server::new(ServerOptions {
             pool,
-            frontends: Box::new(Nobody(owner, Mutex::default())),
+            frontends: Box::new(Nobody(owner, Mutex::default(), None)),
             events,
             wake,
             control,
             monitor,
             shutdown: event(),
+            refusals: None,
         })
         .unwrap();
         std::thread::spawn(move || server.run().unwrap());

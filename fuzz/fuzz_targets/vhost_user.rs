@@ -19,6 +19,7 @@ use libfuzzer_sys::fuzz_target;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use vssd_backend::device::DeviceEvent;
 use vssd_backend::device::config_space::Geometry;
+use vssd_backend::sandbox::Sandbox;
 use vssd_backend::vhost_user::seat::Shared;
 use vssd_backend::vhost_user::session::{self, SessionContext};
 use vssd_backend::vhost_user::worker::Workers;
@@ -49,7 +50,7 @@ fn backend() -> &'static Backend {
                 }
             }
         });
-        let workers = Workers::spawn(&pool, 1, Duration::ZERO).unwrap();
+        let workers = Workers::spawn(&pool, 1, Duration::ZERO, &Sandbox::off()).unwrap();
         let block_size = vssd.block_size();
         let geometry = Geometry { block_size, logical_block_size: 512, queues: 2, read_only: false };
         let shared = Shared::default();

@@ -20,6 +20,7 @@ use vssd_pool::store::{MemStore, Store};
 use vssd_pool::{BlockSize, CreateOptions, MediumKind, OpenOptions, Pool, VssdAttrs, VssdSpec};
 
 pub mod queue;
+pub mod watched;
 
 pub const BLOCK: u32 = 4096;
 
