@@ -18,6 +18,9 @@ const READY: Duration = Duration::from_secs(20);
 /// How long it may take to end when asked.
 const END: Duration = Duration::from_secs(10);
 
+/// What the daemon logs of a system call that its sandbox refused.
+pub const REFUSED: &str = "a system call was refused";
+
 /// A daemon with the means to start it again.
 #[derive(Debug)]
 pub struct Backend {
@@ -214,9 +217,10 @@ impl Backend {
         format!("its log ends with:\n{}", tail(&self.log(), 20))
     }
 
-    /// An error if it has ever logged a panic, also one that ended only a thread.
-    pub fn expect_no_panic(&self) -> Result<()> {
-        match self.log().lines().find(|line| line.contains("panicked at")) {
+    /// An error if it has ever logged a panic, also one that ended only a thread, or a system call that its sandbox refused.
+    pub fn expect_clean_log(&self) -> Result<()> {
+        let bad = ["panicked at", REFUSED];
+        match self.log().lines().find(|line| bad.iter().any(|words| line.contains(words))) {
             Some(line) => bail!("{}: {line}", self.name),
             None => Ok(()),
         }

@@ -28,6 +28,18 @@ pub fn run(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// Lets the calling thread, and all that it starts from now on, run only while nothing else wants a processor. Without
+/// privileges there is no way back.
+pub fn idle_priority() -> Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the structure is valid for the call, which changes the calling thread's scheduling and nothing else.
+    let outcome = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
+    if outcome != 0 {
+        bail!("idle priority: {}", io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// The command line, for messages.
 pub fn describe(command: &Command) -> String {
     let mut line = command.get_program().to_string_lossy().into_owned();

@@ -28,10 +28,13 @@ const NEEDS: &[Need] = &[
     need("fio", "fio"),
     need("strace", "strace"),
     need("e2fsprogs", "mkfs.ext4"),
+    need("fdisk", "sfdisk"),
     need("xfsprogs", "mkfs.xfs"),
     need("kmod", "depmod"),
     need("make", "make"),
     need("gcc-12", "gcc-12"),
+    // The fuzz targets' engine is C++.
+    need("g++", "c++"),
     need("xz-utils", "xz"),
     // The kernel's W=1 also checks comments, with a perl script.
     need("perl", "pod2usage"),

@@ -133,8 +133,11 @@ fn matrix_scenario(qemu: QemuBinary, kernel: &Kernel) -> Result<()> {
     guest.ok(&format!("vssd-bind --unbind {}", disk.name))?;
     let stock = guest.disk(0)?;
     ensure!(stock.starts_with("vd"), "{stock} is not the stock driver's");
+    let theirs = segment_size(&mut guest, &stock)?;
     guest.ok(&format!("dd if=/dev/{stock} of=/dev/null bs=64k count=4 iflag=direct"))?;
     let disk = scenario::bind(&mut guest, 0)?;
+    let ours = segment_size(&mut guest, &disk.name)?;
+    ensure!(ours == theirs, "segments have up to {ours} bytes, with the stock driver {theirs}");
     disk.agree(&mut guest, &host, NAME, SEED)?;
 
     host.ctl.ok(&["grow", NAME, "64M", "--wait"])?;
@@ -143,6 +146,11 @@ fn matrix_scenario(qemu: QemuBinary, kernel: &Kernel) -> Result<()> {
     guest.expect_quiet_kernel()?;
     guest.power_off()?;
     host.finish()
+}
+
+/// What one segment of a request may have: `size_max` of the device (V-49).
+fn segment_size(guest: &mut Guest, disk: &str) -> Result<u64> {
+    Ok(guest.ok(&format!("cat /sys/block/{disk}/queue/max_segment_size"))?.trim().parse()?)
 }
 
 #[test]
@@ -416,6 +424,8 @@ fn a_guest_that_declines_gives_a_part_or_is_silent_brings_each_job_to_a_named_en
     host.ctl.ok(&["resize", NAME, "max", "--wait"])?;
     settled(&mut guest, &host, total)?;
 
+    // The first one is met at once; the second still speaks of the size before.
+    disk.hint(&mut guest, &[(300, 64)])?;
     let first = host.ctl.run(&[
         "rpc",
         "device.resize",

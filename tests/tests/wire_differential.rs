@@ -49,8 +49,8 @@ enum Field {
 
 const DISCARDED: &str = "§5.2.6.1: a driver may assume nothing about sectors that it has discarded; ours gives back whole \
      blocks, the peer pages";
-const COUNTED: &str = "§2.7.8.2: `len` must not be more than what was written; ours counts that, the peer the memory that it \
-     might have written";
+const COUNTED: &str = "§2.7.8.2: `len` must not be more than what was written from the first writable byte on, and the status byte \
+     is the last; ours counts that, the peer the memory that it might have written";
 const DIRECTION: &str = "§5.2.6: IOERR stands for a driver's error too, and a read has nothing for the device to read, a write \
      nothing to write";
 const ID_LENGTH: &str = "§5.2.6.1: the data of GET_ID must be 20 bytes; the peer cuts its answer";

@@ -6,143 +6,36 @@
 //!
 //! | class | what | where |
 //! |---|---|---|
-//! | 1–8, 17–21 | rings, chains and requests | this file |
+//! | 1–5, 7–8, 17–21 | rings, chains and requests | this file, `wire_hostile_load.rs` |
+//! | 6 | what changes while it is read | `wire_hostile_changes.rs` |
 //! | 9–12, 14–16 | messages, descriptors, tables, starts and stops | `wire_hostile_frontend.rs` |
 //! | 13 | memory that goes away | `wire_hostile_memory.rs` |
-//! | 22 | values from the wire that no type has | `vssd-protocol` and `chain.rs` (property tests, Miri), noise tests here |
+//! | 22 | values from the wire that no type has | `vssd-protocol` and `chain.rs` (property tests, Miri), noise here, `wire_hostile_channel.rs` |
 //! | 23 | short transfers, no memory | `vssd-pool/src/lane/ring.rs` (transfers cut short), `vssd-pool/tests/damage.rs` |
 //! | 24 | the control socket | `wire_hostile_frontend.rs` |
 //!
-//! Long form: `VSSD_HOSTILE_ROUNDS=10000 cargo test -p vssd-tests --release --test wire_hostile -- --test-threads=1`
+//! Long form: `cargo xtask long hostile`; this file alone:
+//! `VSSD_HOSTILE_ROUNDS=10000 cargo test -p vssd-tests --release --test wire_hostile -- --test-threads=1`
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use rand::Rng;
-use vssd_protocol::guest::{Request, RequestType};
+use vssd_protocol::guest::RequestType;
 use vssd_tests::mock::arena::{ATTACKER, Arena, Verdict, rounds};
 use vssd_tests::mock::driver::Driver;
 use vssd_tests::mock::frontend::{Frontend, header};
 use vssd_tests::mock::machine::{F_DISCARD, F_RO, F_WRITE_ZEROES, Machine, Options};
 use vssd_tests::mock::queue::{
-    S_IOERR, S_OK, S_UNSUPP, SECTOR, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES, UNWRITTEN,
+    S_IOERR, S_OK, S_UNSUPP, SECTOR, T_DISCARD, T_FLUSH, T_GET_ID, T_IN, T_OUT, T_WRITE_ZEROES,
 };
-use vssd_tests::mock::ram::GuestRam;
-use vssd_tests::mock::ring::{Descriptor, F_INDIRECT, F_NEXT, F_WRITE, Ring, Segment, Used};
-use vssd_tests::mock::site::{BLOCK, MIB, Site};
+use vssd_tests::mock::ring::{Descriptor, F_INDIRECT, F_NEXT, F_WRITE, Segment, Used};
+use vssd_tests::mock::scene::{DATA, HEADER, SIZE, STATUS, Scene, TABLE, desc};
+use vssd_tests::mock::site::{BLOCK, Site};
 use vssd_tests::mock::{PATIENCE, rng, seed};
 use vssd_tests::scenario::Medium;
-
-const SIZE: u64 = 32 * MIB;
-
-/// An arena with the attacker's machine, whose first queue is driven by hand.
-struct Scene {
-    arena: Arena,
-    machine: Machine,
-    ring: Ring,
-    ram: Arc<GuestRam>,
-    /// Memory for headers, data and status.
-    area: u64,
-}
-
-/// Offsets in the area.
-const HEADER: u64 = 0;
-const DATA: u64 = 0x1000;
-const STATUS: u64 = 0x8000;
-const TABLE: u64 = 0x9000;
-const AREA: u64 = 0x20000;
-
-impl Scene {
-    fn new(class: &'static str) -> Result<Self> {
-        Self::with(Arena::new(class, Medium::Nvram, SIZE)?, Options::default())
-    }
-
-    fn with(arena: Arena, options: Options) -> Result<Self> {
-        let mut machine = arena.machine(options)?;
-        let ring = machine.take_queue(0)?.ring;
-        let ram = Arc::clone(&machine.ram);
-        let area = ram.alloc(AREA, 4096);
-        Ok(Self { arena, machine, ring, ram, area })
-    }
-
-    /// Writes a header for a request.
-    fn header(&self, kind: u32, sector: u64) {
-        let mut bytes = [0; 16];
-        bytes[..4].copy_from_slice(&kind.to_le_bytes());
-        bytes[8..].copy_from_slice(&sector.to_le_bytes());
-        self.ram.write(self.area + HEADER, &bytes);
-        self.ram.write(self.area + STATUS, &[UNWRITTEN]);
-    }
-
-    fn status(&self) -> u8 {
-        self.ram.read(self.area + STATUS, 1)[0]
-    }
-
-    /// Offers `head` and waits for its used entry.
-    fn send(&mut self, head: u16) -> Result<Used> {
-        self.ring.offer(head);
-        self.ring.publish()?;
-        let used = self.ring.wait_used(PATIENCE)?;
-        ensure!(used.id == u32::from(head), "{used:?} instead of {head}");
-        Ok(used)
-    }
-
-    /// Writes descriptors as they are, at indices that follow each other from a fresh head on, and sends the head. In
-    /// `next`, 0 is the head.
-    fn chain(&mut self, descriptors: &[Descriptor]) -> Result<Used> {
-        let mut indices = Vec::new();
-        for _ in descriptors {
-            indices.push(self.ring.take()?);
-        }
-        for (index, desc) in indices.iter().zip(descriptors) {
-            let next = indices.get(usize::from(desc.next)).copied().unwrap_or(desc.next);
-            self.ring.set(*index, Descriptor { next, ..*desc });
-        }
-        let head = indices[0];
-        self.ring.adopt(head, indices);
-        self.send(head)
-    }
-
-    /// A correct write and read on the same queue.
-    fn expect_good(&mut self, after: &str) -> Result<()> {
-        let area = self.area;
-        let mark = after.bytes().fold(0x3c, |sum: u8, byte| sum.wrapping_mul(31) ^ byte);
-        self.ram.fill(area + DATA, 4096, mark);
-        for (kind, data) in
-            [(T_OUT, Segment::out(area + DATA, 4096)), (T_IN, Segment::into(area + DATA + 4096, 4096))]
-        {
-            self.header(kind, 64);
-            let chain = [Segment::out(area + HEADER, 16), data, Segment::into(area + STATUS, 1)];
-            let head = self.ring.chain(&chain)?;
-            self.send(head).with_context(|| format!("a good request after: {after}"))?;
-            ensure!(self.status() == S_OK, "a good request after: {after}: status {}", self.status());
-        }
-        let read = self.ram.read(area + DATA + 4096, 4096);
-        ensure!(read.iter().all(|byte| *byte == mark), "wrong data after: {after}");
-        Ok(())
-    }
-
-    /// Judges one round: the attack and a good request behind it.
-    fn judge(&mut self, case: &str, attack: impl FnOnce(&mut Self) -> Result<Verdict>) -> Result<()> {
-        let verdict = attack(self).and_then(|verdict| {
-            self.expect_good(case)?;
-            Ok(verdict)
-        });
-        self.arena.judge(case, verdict)
-    }
-
-    fn end(mut self) -> Result<()> {
-        self.machine.disconnect();
-        self.arena.end()
-    }
-}
-
-fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Descriptor {
-    Descriptor::new(addr, len, flags, next)
-}
 
 /// Class, name, request type, chain, and the status where there is a place for it.
 type Case = (u8, &'static str, u32, Vec<Descriptor>, Option<u8>);
@@ -260,7 +153,7 @@ fn malformed_chains(class: u8, title: &'static str) -> Result<()> {
     let mut scene = Scene::new(title)?;
     let a = scene.area;
     let cases: Vec<Case> = malformed(&scene).into_iter().filter(|case| case.0 == class).collect();
-    for round in 0..usize::try_from(rounds(20_000))? {
+    for round in scene.arena.rounds(20_000) {
         let (_, name, kind, chain, status) = &cases[round % cases.len()];
         scene.judge(name, |scene| {
             scene.header(*kind, 8);
@@ -271,7 +164,8 @@ fn malformed_chains(class: u8, title: &'static str) -> Result<()> {
             ensure!(took < Duration::from_secs(2), "took {took:?}");
             match status {
                 Some(status) => {
-                    ensure!(scene.status() == *status && used.len == 1, "{used:?}: {:#x}", scene.status());
+                    // At most the status byte, and that only where nothing is writable before it.
+                    ensure!(scene.status() == *status && used.len <= 1, "{used:?}: {:#x}", scene.status());
                 }
                 None => ensure!(used.len == 0, "{used:?}"),
             }
@@ -343,7 +237,7 @@ fn class_04_and_17_odd_but_legal_chains_are_carried_out() -> Result<()> {
             vec![desc(a, 16, F_NEXT, 1), desc(a + TABLE + 16, 32, F_INDIRECT, 0)],
         ),
     ];
-    for round in 0..usize::try_from(rounds(20_000))? {
+    for round in scene.arena.rounds(20_000) {
         let (name, chain) = &cases[round % cases.len()];
         // The indices of a table behind a descriptor count from its own start.
         let next = if name.starts_with("a table behind") { 1 } else { 2 };
@@ -391,7 +285,7 @@ fn class_07_numbers_at_the_edge_are_refused_and_touch_nothing() -> Result<()> {
     bad.extend(edges.map(|sector| (segment(sector, 8, 0), S_IOERR)));
     bad.extend([(segment(0, u32::MAX, 0), S_IOERR), (segment(sectors - 8, 16, 0), S_IOERR)]);
     bad.push((segment(u64::MAX - 3, u32::MAX, 1), S_IOERR));
-    for round in 0..usize::try_from(rounds(20_000))? {
+    for round in scene.arena.rounds(20_000) {
         let kind = [T_IN, T_OUT, T_DISCARD, T_WRITE_ZEROES][round % 4];
         let name = ["a read", "a write", "a discard", "a write of zeroes"][round % 4];
         if matches!(kind, T_IN | T_OUT) {
@@ -401,7 +295,8 @@ fn class_07_numbers_at_the_edge_are_refused_and_touch_nothing() -> Result<()> {
                 let data = Segment { addr: a + DATA, len: 1024, write: kind == T_IN };
                 let head = scene.ring.chain(&[Segment::out(a, 16), data, Segment::into(a + STATUS, 1)])?;
                 let used = scene.send(head)?;
-                ensure!(scene.status() == S_IOERR && used.len == 1, "sector {sector:#x}");
+                let counted = u32::from(kind == T_OUT);
+                ensure!(scene.status() == S_IOERR && used.len == counted, "sector {sector:#x}: {used:?}");
                 Ok(Verdict::Reject)
             })?;
             continue;
@@ -437,9 +332,10 @@ fn class_20_types_that_are_not_offered_are_refused() -> Result<()> {
     let kinds =
         [T_DISCARD, T_WRITE_ZEROES, 2, 3, 5, 10, 14, 15, 16, 18, 20, 22, 24, 26, 0x8000_0000, u32::MAX];
     let before = scene.arena.site.operator.show(ATTACKER)?.io.errors;
-    let total = rounds(20_000);
-    for round in 0..total {
-        let kind = kinds[usize::try_from(round)? % kinds.len()];
+    let mut total = 0;
+    for round in scene.arena.rounds(20_000) {
+        total += 1;
+        let kind = kinds[round % kinds.len()];
         scene.judge(&format!("type {kind}"), |scene| {
             scene.header(kind, 0);
             scene.ram.write(a + DATA, &[0, 0, 0, 0, 0, 0, 0, 0, 128, 0, 0, 0, 0, 0, 0, 0]);
@@ -466,7 +362,7 @@ fn class_18_no_more_is_written_than_is_said() -> Result<()> {
         (T_FLUSH, 4096, 0, S_OK),
         (99, 4096, 0, S_UNSUPP),
     ];
-    for round in 0..usize::try_from(rounds(20_000))? {
+    for round in scene.arena.rounds(20_000) {
         let (kind, len, wrote, status) = cases[round % cases.len()];
         scene.judge(&format!("type {kind}"), |scene| {
             scene.header(kind, 4096);
@@ -475,7 +371,8 @@ fn class_18_no_more_is_written_than_is_said() -> Result<()> {
             let head = scene.ring.chain(&chain)?;
             let used = scene.send(head)?;
             ensure!(scene.status() == status, "status {}", scene.status());
-            ensure!(used.len <= wrote + 1, "{used:?}");
+            // The status byte lies at the end of what is writable.
+            ensure!(used.len == wrote + u32::from(wrote == len), "{used:?}");
             let memory = scene.ram.read(a + DATA, 0x2000);
             ensure!(memory[wrote as usize..].iter().all(|byte| *byte == 0x77), "too much was written");
             Ok(Verdict::Pass)
@@ -489,7 +386,7 @@ fn class_18_no_more_is_written_than_is_said() -> Result<()> {
 fn class_03_an_avail_index_that_cannot_be_stops_only_its_queue() -> Result<()> {
     let mut scene = Scene::new("class_03")?;
     let ahead = [129u16, 200, 32_768, 65_535];
-    for round in 0..usize::try_from(rounds(20_000))? {
+    for round in scene.arena.rounds(20_000) {
         let ahead = ahead[round % ahead.len()];
         scene.judge(&format!("{ahead} ahead"), |scene| {
             let good = scene.ring.next_avail();
@@ -510,7 +407,7 @@ fn class_03_an_avail_index_that_cannot_be_stops_only_its_queue() -> Result<()> {
 #[test]
 fn class_02_a_queue_that_stays_broken_burns_no_processor_time_and_can_be_stopped() -> Result<()> {
     let mut scene = Scene::new("class_02")?;
-    for _ in 0..rounds(2000) {
+    for _ in scene.arena.rounds(2000) {
         scene.judge("a broken queue is stopped and started", |scene| {
             let good = scene.ring.next_avail();
             scene.ring.force_avail_idx(good.wrapping_add(3000));
@@ -546,7 +443,7 @@ fn class_08_a_head_that_is_in_flight_or_outside_harms_only_its_own_guest() -> Re
     let seq = driver.sizes.seq;
     let head = driver.park(seq)?;
     let outside = [128u16, 129, 4096, u16::MAX];
-    for round in 0..usize::try_from(rounds(20_000))? {
+    for round in scene.arena.rounds(20_000) {
         scene.judge("a head that is in flight", |_| {
             driver.queue.ring.offer(head);
             driver.queue.ring.publish()?;
@@ -565,48 +462,53 @@ fn class_08_a_head_that_is_in_flight_or_outside_harms_only_its_own_guest() -> Re
     scene.end()
 }
 
+#[test]
+fn class_19_a_flood_of_heads_takes_no_memory_on_nvram() -> Result<()> {
+    flood_of_heads("class_19 nvram", Medium::Nvram)
+}
+
+#[test]
+fn class_19_a_flood_of_heads_takes_no_memory_on_an_ssd() -> Result<()> {
+    flood_of_heads("class_19 ssd", Medium::Ssd)
+}
+
 /// Class 19: as many heads as an index can count are made available; the daemon's memory stays bounded. The same head over
 /// and over, and requests that nobody takes answers of.
-#[test]
-fn class_19_a_flood_of_heads_takes_no_memory() -> Result<()> {
-    for medium in [Medium::Nvram, Medium::Ssd] {
-        let class = if matches!(medium, Medium::Nvram) { "class_19 nvram" } else { "class_19 ssd" };
-        let arena = Arena::new(class, medium, SIZE)?;
-        let options = Options { queues: 1, queue_size: 1024, ..Options::default() };
-        let mut scene = Scene::with(arena, options)?;
-        let a = scene.area;
-        // Descriptors of its own: header, data, status, all requests the same.
-        scene.header(T_IN, 64);
-        for head in 0..340u16 {
-            scene.ring.set(3 * head, desc(a, 16, F_NEXT, 3 * head + 1));
-            scene.ring.set(3 * head + 1, desc(a + DATA, 4096, F_NEXT | F_WRITE, 3 * head + 2));
-            scene.ring.set(3 * head + 2, desc(a + STATUS, 1, F_WRITE, 0));
-        }
-        let mut offered = 0u32;
-        for _ in 0..rounds(1).min(100) * 65 {
-            // A thousand at a time, and each head as often as the ring allows; used entries are never looked at.
-            for i in 0..1000u16 {
-                scene.ring.offer(3 * (i % 340));
-            }
-            scene.ring.publish()?;
-            offered += 1000;
-            // The next thousand must not overtake: an index too far ahead is another class.
-            let deadline = Instant::now() + PATIENCE;
-            let target = scene.ring.next_avail();
-            while scene.ram.load(scene.ring.shape.used_idx()) != target {
-                let missing = target.wrapping_sub(scene.ram.load(scene.ring.shape.used_idx()));
-                let verdict = ensure_in_time(deadline, missing).map(|()| Verdict::Pass);
-                if verdict.is_err() {
-                    scene.arena.judge("a thousand heads", verdict)?;
-                }
-                thread::yield_now();
-            }
-            scene.arena.judge("a thousand heads", Ok(Verdict::Pass))?;
-        }
-        println!("{class}: {offered} heads");
-        scene.end()?;
+fn flood_of_heads(class: &'static str, medium: Medium) -> Result<()> {
+    let arena = Arena::new(class, medium, SIZE)?;
+    let options = Options { queues: 1, queue_size: 1024, ..Options::default() };
+    let mut scene = Scene::with(arena, options)?;
+    let a = scene.area;
+    // Descriptors of its own: header, data, status, all requests the same.
+    scene.header(T_IN, 64);
+    for head in 0..340u16 {
+        scene.ring.set(3 * head, desc(a, 16, F_NEXT, 3 * head + 1));
+        scene.ring.set(3 * head + 1, desc(a + DATA, 4096, F_NEXT | F_WRITE, 3 * head + 2));
+        scene.ring.set(3 * head + 2, desc(a + STATUS, 1, F_WRITE, 0));
     }
-    Ok(())
+    let mut offered = 0u32;
+    for _ in scene.arena.rounds(1300) {
+        // A thousand at a time, and each head as often as the ring allows; used entries are never looked at.
+        for i in 0..1000u16 {
+            scene.ring.offer(3 * (i % 340));
+        }
+        scene.ring.publish()?;
+        offered += 1000;
+        // The next thousand must not overtake: an index too far ahead is another class.
+        let deadline = Instant::now() + PATIENCE;
+        let target = scene.ring.next_avail();
+        while scene.ram.load(scene.ring.shape.used_idx()) != target {
+            let missing = target.wrapping_sub(scene.ram.load(scene.ring.shape.used_idx()));
+            let verdict = ensure_in_time(deadline, missing).map(|()| Verdict::Pass);
+            if verdict.is_err() {
+                scene.arena.judge("a thousand heads", verdict)?;
+            }
+            thread::yield_now();
+        }
+        scene.arena.judge("a thousand heads", Ok(Verdict::Pass))?;
+    }
+    println!("{class}: {offered} heads");
+    scene.end()
 }
 
 fn ensure_in_time(deadline: Instant, missing: u16) -> Result<()> {
@@ -636,91 +538,6 @@ fn class_21_a_read_only_device_takes_no_write_from_a_driver_that_ignores_it() ->
     site.finish()
 }
 
-/// Class 6: a second thread changes chains while the device reads them. Nothing outside what the chain may ever name is
-/// touched: neither the guard memory nor the guard blocks.
-#[test]
-fn class_06_chains_that_change_while_they_are_read_touch_nothing_they_never_named() -> Result<()> {
-    for medium in [Medium::Nvram, Medium::Ssd] {
-        let class = if matches!(medium, Medium::Nvram) { "class_06 nvram" } else { "class_06 ssd" };
-        let mut scene = Scene::with(Arena::new(class, medium, SIZE)?, Options::default())?;
-        let a = scene.area;
-        let ram = Arc::clone(&scene.ram);
-        let guard = vec![0xa7; 0x8000];
-        // Guard blocks on both sides of the two that the header may name.
-        let queue = scene.machine.queue(1)?;
-        let guard_block = vec![0x19; usize::try_from(BLOCK)?];
-        for block in [1, 3, 5] {
-            ensure!(queue.write(block * BLOCK, &guard_block)? == S_OK);
-        }
-        let memory = ram.alloc(0x20000, 0x1000);
-        let buffers = [memory + 0x8000, memory + 0x14000];
-        ram.write(memory, &guard);
-        ram.write(memory + 0xc000, &guard);
-        let stop = Arc::new(AtomicBool::new(false));
-        let desc_table = scene.ring.shape.desc;
-        let flipper = {
-            let (ram, stop) = (Arc::clone(&ram), Arc::clone(&stop));
-            let mut rng = rng(seed("wire_hostile/flipper"));
-            thread::spawn(move || {
-                while !stop.load(Ordering::Relaxed) {
-                    for _ in 0..64 {
-                        match rng.random_range(0..6) {
-                            // No flush: a storm of them is not what this is about, and holds up whoever shares the disk.
-                            0 => ram.write(a, &[[0u8, 1, 8, 99][rng.random_range(0..4)]]),
-                            1 => ram.write(a + 8, &[[2u8, 4][rng.random_range(0..2)]; 1]),
-                            // Any descriptor of the ring: another buffer, another length, other flags.
-                            2 => {
-                                let at = desc_table + 16 * rng.random_range(0..128);
-                                let buffer: u64 = buffers[rng.random_range(0..2)];
-                                ram.write(at, &buffer.to_le_bytes());
-                            }
-                            3 => {
-                                let at = desc_table + 16 * rng.random_range(0..128) + 8;
-                                let len = [0u32, 1, 16, 512, 4096, 16384][rng.random_range(0..6)];
-                                ram.write(at, &len.to_le_bytes());
-                            }
-                            4 => {
-                                let at = desc_table + 16 * rng.random_range(0..128) + 12;
-                                ram.write(at, &[[0u8, 1, 2, 3][rng.random_range(0..4)], 0]);
-                            }
-                            _ => {
-                                let at = desc_table + 16 * rng.random_range(0..128) + 14;
-                                ram.write(at, &[rng.random_range(0..128), 0]);
-                            }
-                        }
-                    }
-                }
-            })
-        };
-        let until = Instant::now() + Duration::from_secs(3);
-        let mut sent = 0u64;
-        while Instant::now() < until {
-            for head in 0..64u16 {
-                let start = head * 2;
-                scene.ring.set(start, desc(a, 16, F_NEXT, start + 1));
-                scene.ring.set(start + 1, desc(buffers[0], 4096, F_WRITE, 0));
-                scene.ring.offer(start);
-            }
-            scene.ring.publish()?;
-            let answered = (0..64).try_for_each(|_| scene.ring.wait_used(PATIENCE).map(drop));
-            sent += 64;
-            scene.arena.judge("64 chains under change", answered.map(|()| Verdict::Pass))?;
-        }
-        stop.store(true, Ordering::Relaxed);
-        flipper.join().map_err(|_| anyhow!("the flipper panicked"))?;
-        println!("{sent} chains under change");
-        ensure!(ram.read(memory, 0x8000) == guard, "memory before the buffers was written");
-        ensure!(ram.read(memory + 0xc000, 0x8000) == guard, "memory between the buffers was written");
-        let queue = scene.machine.queue(1)?;
-        for block in [1, 3, 5] {
-            let found = queue.read(block * BLOCK, usize::try_from(BLOCK)?)?;
-            ensure!(found == Ok(guard_block.clone()), "block {block} was written");
-        }
-        scene.end()?;
-    }
-    Ok(())
-}
-
 /// Bytes of chance as messages and as requests.
 #[test]
 fn noise_on_the_socket_and_in_the_ring_is_survived() -> Result<()> {
@@ -728,7 +545,7 @@ fn noise_on_the_socket_and_in_the_ring_is_survived() -> Result<()> {
     let mut rng = rng(seed("wire_hostile/noise"));
     let kinds = [T_IN, T_OUT, T_FLUSH, T_GET_ID, T_DISCARD, T_WRITE_ZEROES];
     let (a, ram) = (scene.area, Arc::clone(&scene.ram));
-    for round in 0..4000 {
+    for round in scene.arena.rounds(20_000) {
         // Mostly right, now and then not.
         let rarely = |rng: &mut rand::rngs::StdRng| rng.random_ratio(1, 6);
         let mut kind = kinds[rng.random_range(0..kinds.len())];
@@ -777,45 +594,5 @@ fn noise_on_the_socket_and_in_the_ring_is_survived() -> Result<()> {
     }
     scene.machine.reconnect()?;
     scene.expect_good("noise on other connections")?;
-    scene.end()
-}
-
-/// Damaged requests of the guest channel, byte by byte.
-#[test]
-fn noise_on_the_guest_channel_is_answered() -> Result<()> {
-    let mut scene = Scene::new("noise on the guest channel")?;
-    let mut driver = Driver::start(scene.machine.take_queue(1)?)?;
-    let mut rng = rng(seed("wire_hostile/channel"));
-    let epoch = driver.epoch();
-    for round in 0..3000 {
-        let kind = RequestType::ALL[rng.random_range(0..7)];
-        if kind == RequestType::Wait {
-            continue;
-        }
-        let mut body = match kind {
-            RequestType::Hello => Request::Hello { version: 1, features: 0, driver: "noise".into() }.encode(),
-            RequestType::State => Request::State { epoch, flags: 0, start: 0 }.encode(),
-            _ => {
-                let mut body = epoch.to_le_bytes().to_vec();
-                body.resize(rng.random_range(8..120), 0);
-                body
-            }
-        };
-        for _ in 0..rng.random_range(1..6) {
-            let at = rng.random_range(0..body.len());
-            body[at] = rng.random();
-        }
-        body.truncate(rng.random_range(0..=body.len()));
-        let room = rng.random_range(0..200);
-        let verdict = driver.raw(kind as u32, &body, room).with_context(|| format!("round {round}"));
-        let verdict = verdict.and_then(|(answer, _)| match answer.status {
-            S_OK => Ok(Verdict::Pass),
-            S_IOERR => Ok(Verdict::Reject),
-            _ => Err(anyhow!("round {round}: {answer:?}")),
-        });
-        scene.arena.judge(&format!("{kind:?}"), verdict)?;
-    }
-    driver.hello()?;
-    scene.expect_good("noise on the guest channel")?;
     scene.end()
 }

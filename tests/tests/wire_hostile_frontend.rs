@@ -2,7 +2,8 @@
 //! A front-end that breaks every rule: at most its own connection ends, no descriptor leaks, and the neighbour's disk never
 //! notices. The table of classes is in `wire_hostile.rs`; how rounds are judged is said in `mock::arena`.
 //!
-//! Long form: `VSSD_HOSTILE_ROUNDS=10000 cargo test -p vssd-tests --release --test wire_hostile_frontend -- --test-threads=1`
+//! Long form: `cargo xtask long hostile`; this file alone:
+//! `VSSD_HOSTILE_ROUNDS=10000 cargo test -p vssd-tests --release --test wire_hostile_frontend -- --test-threads=1`
 
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,7 +16,7 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::{Value, json};
-use vssd_tests::mock::arena::{ATTACKER, Arena, Verdict, rounds};
+use vssd_tests::mock::arena::{ATTACKER, Arena, Verdict};
 use vssd_tests::mock::driver::Driver;
 use vssd_tests::mock::frontend::{F_NEED_REPLY, header, request, words};
 use vssd_tests::mock::machine::{Machine, Options, addresses, describe, state};
@@ -58,8 +59,8 @@ fn class_10_messages_with_any_number_of_descriptors_leak_none() -> Result<()> {
         (0..32).map(|_| Ok(memfd_create("x", MemfdFlags::CLOEXEC)?)).collect::<Result<_>>()?;
     let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
     let mut link = arena.connect()?;
-    // Ten messages a round: the long form sends a hundred thousand.
-    for _ in 0..rounds(1000) {
+    // Ten messages a round.
+    for _ in arena.rounds(10_000) {
         let mut verdict = Verdict::Pass;
         for _ in 0..10 {
             // Half of them would be right with one descriptor.
@@ -122,7 +123,7 @@ fn class_11_dirty_logs_that_cannot_be_are_refused() -> Result<()> {
     let values = [0, 1, 4095, 4096, 4097, 1 << 32, 1 << 47, 1 << 63, u64::MAX - 4095, u64::MAX];
     let machine = arena.machine(Options::default())?;
     drop(machine);
-    for round in 0..usize::try_from(rounds(1000))? {
+    for round in arena.rounds(3000) {
         let (size, offset) = (values[round % 10], values[round / 10 % 10]);
         let fds = vec![file.as_fd(); round / 100 % 3];
         let verdict = offend(&arena, &message(request::SET_LOG_BASE, &words(&[size, offset])), &fds);
@@ -160,7 +161,7 @@ fn class_14_memory_tables_that_cannot_be_are_refused() -> Result<()> {
         (vec![wild(0, 4096, 0, 123)], 1),
         (vec![wild(0, region.len * 2, 0, region.offset)], 1),
     ];
-    for round in 0..usize::try_from(rounds(1000))? {
+    for round in arena.rounds(4000) {
         let (regions, count) = &tables[round % tables.len()];
         let fds = vec![region.file(); *count];
         let verdict = offend(&arena, &message(request::SET_MEM_TABLE, &table(regions)), &fds);
@@ -183,7 +184,7 @@ fn class_14_memory_tables_that_change_under_io_neither_pile_up_nor_stop_it() -> 
     };
     let before = maps(&mut arena)?;
     let mut most = before;
-    for round in 0..rounds(1500) {
+    for round in arena.rounds(3000) {
         let queue = machine.queue(0)?;
         let memory = queue.bounce();
         let mut heads = Vec::new();
@@ -204,7 +205,8 @@ fn class_14_memory_tables_that_change_under_io_neither_pile_up_nor_stop_it() -> 
         }
     }
     println!("class_14 changes: {before} mappings before, at most {most}");
-    ensure!(most <= before + 64, "{before} mappings have become {most}");
+    // Each table is three mappings; on a busy machine a worker may be some dozens of them behind.
+    ensure!(most <= before + 600, "{before} mappings have become {most}");
     // The request that was parked all the time is answered where the guest expects it.
     arena.site.operator.resize(ATTACKER, SIZE - MIB, &json!({}))?;
     ensure!(driver.wait_answer(PATIENCE)?.is_some(), "the parked request was lost");
@@ -213,51 +215,56 @@ fn class_14_memory_tables_that_change_under_io_neither_pile_up_nor_stop_it() -> 
     arena.end()
 }
 
+#[test]
+fn class_15_nothing_is_written_behind_the_answer_to_a_stop_on_nvram() -> Result<()> {
+    answers_behind_a_stop("class_15 nvram", Medium::Nvram)
+}
+
+#[test]
+fn class_15_nothing_is_written_behind_the_answer_to_a_stop_on_an_ssd() -> Result<()> {
+    answers_behind_a_stop("class_15 ssd", Medium::Ssd)
+}
+
 /// Class 15: a queue is stopped, or the device reset, while its requests are under way. Behind the answer nothing is
 /// written any more.
-#[test]
-fn class_15_nothing_is_written_behind_the_answer_to_a_stop() -> Result<()> {
-    for medium in [Medium::Nvram, Medium::Ssd] {
-        let class = if matches!(medium, Medium::Nvram) { "class_15 nvram" } else { "class_15 ssd" };
-        let mut arena = Arena::new(class, medium, SIZE)?;
-        let mut machine = arena.machine(Options::default())?;
-        for round in 0..rounds(600) {
-            let queue = machine.queue(0)?;
-            let memory = queue.bounce();
-            for i in 0..32 {
-                let kind = if i % 4 == 0 { T_OUT } else { T_IN };
-                let segment = Segment { addr: memory + i * 16_384, len: 16_384, write: kind == T_IN };
-                queue.prepare(kind, i * 32, &[segment])?;
-            }
-            queue.ring.publish()?;
-            let reset = round % 2 == 0;
-            let stopped = if reset {
-                machine.link()?.set(request::RESET_DEVICE, &[], &[])
-            } else {
-                machine.link()?.get(request::GET_VRING_BASE, &state(0, 0), &[]).map(drop)
-            };
-            let verdict = stopped.and_then(|()| {
-                machine.ram.fill(memory, 32 * 16_384, 0x77);
-                let used = machine.ram.load(machine.shape(0).used_idx());
-                if round % 20 < 2 {
-                    thread::sleep(Duration::from_millis(3));
-                }
-                let untouched = machine.ram.read(memory, 32 * 16_384).iter().all(|byte| *byte == 0x77);
-                ensure!(untouched, "memory was written behind the answer");
-                ensure!(machine.ram.load(machine.shape(0).used_idx()) == used, "a request was answered late");
-                Ok(Verdict::Pass)
-            });
-            arena.judge(if reset { "a reset" } else { "a stop" }, verdict)?;
-            machine = replaced(&arena, machine)?;
-            machine.disconnect();
-            machine.connect()?;
-            machine.begin_anew()?;
-            machine.run()?;
+fn answers_behind_a_stop(class: &'static str, medium: Medium) -> Result<()> {
+    let mut arena = Arena::new(class, medium, SIZE)?;
+    let mut machine = arena.machine(Options::default())?;
+    for round in arena.rounds(600) {
+        let queue = machine.queue(0)?;
+        let memory = queue.bounce();
+        for i in 0..32 {
+            let kind = if i % 4 == 0 { T_OUT } else { T_IN };
+            let segment = Segment { addr: memory + i * 16_384, len: 16_384, write: kind == T_IN };
+            queue.prepare(kind, i * 32, &[segment])?;
         }
+        queue.ring.publish()?;
+        let reset = round % 2 == 0;
+        let stopped = if reset {
+            machine.link()?.set(request::RESET_DEVICE, &[], &[])
+        } else {
+            machine.link()?.get(request::GET_VRING_BASE, &state(0, 0), &[]).map(drop)
+        };
+        let verdict = stopped.and_then(|()| {
+            machine.ram.fill(memory, 32 * 16_384, 0x77);
+            let used = machine.ram.load(machine.shape(0).used_idx());
+            if round % 20 < 2 {
+                thread::sleep(Duration::from_millis(3));
+            }
+            let untouched = machine.ram.read(memory, 32 * 16_384).iter().all(|byte| *byte == 0x77);
+            ensure!(untouched, "memory was written behind the answer");
+            ensure!(machine.ram.load(machine.shape(0).used_idx()) == used, "a request was answered late");
+            Ok(Verdict::Pass)
+        });
+        arena.judge(if reset { "a reset" } else { "a stop" }, verdict)?;
+        machine = replaced(&arena, machine)?;
         machine.disconnect();
-        arena.end()?;
+        machine.connect()?;
+        machine.begin_anew()?;
+        machine.run()?;
     }
-    Ok(())
+    machine.disconnect();
+    arena.end()
 }
 
 /// Class 16: kick, call, enable and chains in every order; no chain is forgotten, no interrupt lost.
@@ -266,7 +273,7 @@ fn class_16_no_kick_is_lost_in_whatever_order_a_queue_is_set_up() -> Result<()> 
     let mut arena = Arena::new("class_16", Medium::Nvram, SIZE)?;
     let mut rng = rng(seed("class_16"));
     let mut machine = arena.machine(Options::default())?;
-    for _ in 0..rounds(10_000) {
+    for _ in arena.rounds(10_000) {
         let verdict = shuffled_start(&mut machine, &mut rng).map(|()| Verdict::Pass);
         arena.judge("a shuffled start", verdict)?;
     }
@@ -323,7 +330,7 @@ fn class_24_nonsense_on_the_control_socket_harms_nobody() -> Result<()> {
     }
     let names =
         ["", "..", "../x", "a/b", "-x", ".hidden", "a\0b", "x y", &"n".repeat(32), &"n".repeat(5000), "ü"];
-    for round in 0..usize::try_from(rounds(1000))? {
+    for round in arena.rounds(5000) {
         let name = names[round % names.len()];
         let bad = match round % 6 {
             0 => json!({ "name": name, "size_bytes": MIB }),
@@ -426,7 +433,7 @@ fn class_09_a_running_queue_survives_or_ends_whatever_is_said_about_it() -> Resu
         ("another owner", vec![(request::RESET_OWNER, Vec::new()), (request::SET_OWNER, Vec::new())]),
     ];
     let mut machine = arena.machine(Options::default())?;
-    for round in 0..usize::try_from(rounds(600))? {
+    for round in arena.rounds(600) {
         let (name, messages) = &wild[round % wild.len()];
         let verdict = under_load(&mut machine, messages);
         arena.judge(name, verdict)?;
@@ -464,10 +471,10 @@ fn class_12_a_scribbled_inflight_region_harms_only_its_own_guest() -> Result<()>
     let mut arena = Arena::new("class_12", Medium::Nvram, SIZE)?;
     let mut machine = arena.machine(Options::default())?;
     let mut rng = rng(seed("wire_hostile/inflight"));
-    for round in 0..rounds(600) {
+    for round in arena.rounds(600) {
         let (case, scribble) =
             [("ones", 0xff), ("marks", 1), ("chance", 2), ("a circle", 3), ("counters at their limit", 4)]
-                [usize::try_from(round % 5)?];
+                [round % 5];
         let running = round % 2 == 0;
         let verdict = scribbled(&mut machine, running, scribble, &mut rng).map(|()| Verdict::Pass);
         arena.judge(&format!("{case}{}", if running { ", while it runs" } else { "" }), verdict)?;
@@ -552,7 +559,7 @@ fn class_12_inflight_regions_that_cannot_be_are_refused() -> Result<()> {
         (request::SET_INFLIGHT_FD, region(4096, 0, 1, 128), 0),
         (request::SET_INFLIGHT_FD, region(4096, 0, 1, 128), 2),
     ];
-    for round in 0..usize::try_from(rounds(1000))? {
+    for round in arena.rounds(1000) {
         let (number, payload, fds) = &cases[round % cases.len()];
         let mut machine = Machine::new(&arena.site.socket(ATTACKER), Options::default(), ram()?)?;
         let fds = vec![file.as_fd(); *fds];

@@ -2,7 +2,8 @@
 //! Memory that goes away: a front-end shortens the files that it shares, an operator shortens the pool's. Class 13 of
 //! `wire_hostile.rs`, whose text says how they are judged.
 //!
-//! Long form: `VSSD_HOSTILE_ROUNDS=10000 cargo test -p vssd-tests --release --test wire_hostile_memory -- --test-threads=1`
+//! Long form: `cargo xtask long hostile`; this file alone:
+//! `VSSD_HOSTILE_ROUNDS=10000 cargo test -p vssd-tests --release --test wire_hostile_memory -- --test-threads=1`
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -18,11 +19,12 @@ use rand::Rng;
 use rand::rngs::StdRng;
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 use serde_json::json;
+use vssd_tests::backend::pool_command;
 use vssd_tests::mock::arena::{Arena, Verdict, rounds};
 use vssd_tests::mock::machine::{Machine, Options};
 use vssd_tests::mock::queue::{Queue, S_IOERR, S_OK, T_FLUSH, T_IN, T_OUT};
 use vssd_tests::mock::ring::Segment;
-use vssd_tests::mock::site::{MIB, Site};
+use vssd_tests::mock::site::{BLOCK, MIB, Site};
 use vssd_tests::mock::{PATIENCE, rng, seed};
 use vssd_tests::scenario::Medium;
 use vssd_tests::wait::Deadline;
@@ -113,8 +115,8 @@ const ATTACKS: [(&str, Attack); 3] = [
 fn memory_goes(class: &'static str, medium: Medium) -> Result<()> {
     let mut arena = Arena::new(class, medium, SIZE)?;
     let mut rng = rng(seed(class));
-    for round in 0..rounds(300) {
-        let (case, attack) = ATTACKS[usize::try_from(round)? % ATTACKS.len()];
+    for round in arena.rounds(300) {
+        let (case, attack) = ATTACKS[round % ATTACKS.len()];
         let verdict = attack(&arena, &mut rng);
         arena.judge(case, verdict)?;
         let served = arena.good_session(case).map(|()| Verdict::Pass);
@@ -145,17 +147,21 @@ fn class_13_a_pool_file_that_is_truncated_fails_its_medium_and_never_lies() -> R
         let mut site = Site::new(Medium::Nvram, 100)?;
         let pool = File::options().write(true).open(&site.media)?;
         let left = if round % 3 == 0 { 0 } else { rng.random_range(0..8 * MIB) };
-        let answered = Arc::new(AtomicU64::new(0));
+        let answered = [(); 2].map(|()| Arc::new(AtomicU64::new(0)));
         let tenants: Vec<_> = ["one", "other"]
             .into_iter()
-            .map(|name| {
+            .zip(&answered)
+            .map(|(name, answered)| {
                 let machine = site.machine(name, SIZE, Options::default())?;
-                let counted = Arc::clone(&answered);
+                let counted = Arc::clone(answered);
                 Ok(thread::spawn(move || until_it_fails(machine, &counted)))
             })
             .collect::<Result<_>>()?;
-        let begun =
-            || Ok(answered.load(Ordering::Relaxed) > 1000 || tenants.iter().any(JoinHandle::is_finished));
+        // Of both: where nothing was written, a read asks no medium.
+        let begun = || {
+            let works = answered.iter().all(|answered| answered.load(Ordering::Relaxed) > 500);
+            Ok(works || tenants.iter().any(JoinHandle::is_finished))
+        };
         Deadline::after(PATIENCE).until("I/O to begin", begun)?;
         thread::sleep(Duration::from_micros(rng.random_range(0..20_000)));
         pool.set_len(left)?;
@@ -163,7 +169,7 @@ fn class_13_a_pool_file_that_is_truncated_fails_its_medium_and_never_lies() -> R
             tenant.join().unwrap().with_context(|| format!("round {round}, {left} left"))?;
         }
         site.daemon.expect_running()?;
-        site.daemon.expect_no_panic()?;
+        site.daemon.expect_clean_log()?;
         let status = site.operator.pool()?;
         let problem = status.problem.unwrap_or_default();
         ensure!(status.health == "failed", "round {round}: the pool is {}", status.health);
@@ -226,4 +232,82 @@ fn until_it_fails(mut machine: Machine, answered: &AtomicU64) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// An SSD pool's file is shortened, and lengthened again, between the requests of two tenants: what lay behind the end is an error
+/// from then on, never zeroes, and what lies before it goes on.
+#[test]
+fn class_13_an_ssd_pool_file_that_is_truncated_fails_what_is_gone_and_serves_the_rest() -> Result<()> {
+    const POOL: u64 = 100;
+    const BLOCKS: u64 = SIZE / BLOCK;
+    let mut rng = rng(seed("class_13 ssd pool"));
+    let total = rounds(60).min(1000) / 10;
+    let (mut served, mut failed) = (0u64, 0u64);
+    for round in 0..total {
+        let mut site = Site::new(Medium::Ssd, POOL)?;
+        let pool = File::options().write(true).open(&site.media)?;
+        let mut tenants = Vec::new();
+        for (tenant, name) in [(1u64, "one"), (2, "other")] {
+            let mut machine = site.machine(name, SIZE, Options::default())?;
+            for block in 0..BLOCKS {
+                ensure!(machine.queue(0)?.write(block * BLOCK, &filled(tenant, block))? == S_OK);
+            }
+            tenants.push((tenant, machine, vec![0u64; usize::try_from(BLOCKS)?]));
+        }
+        let left = rng.random_range(24 * MIB..48 * MIB) & !4095;
+        pool.set_len(left)?;
+        let (mut now_served, mut now_failed) = (0, 0);
+        for pass in 0..3 {
+            // Writes first: one behind the end would lengthen the file, and what lies between would read as zeroes.
+            for (tenant, machine, versions) in &mut tenants {
+                for _ in 0..64 {
+                    let block = rng.random_range(0..BLOCKS);
+                    let version = versions[usize::try_from(block)?] + 1;
+                    match machine.queue(0)?.write(block * BLOCK, &filled(*tenant + 2 * version, block))? {
+                        S_OK => versions[usize::try_from(block)?] = version,
+                        S_IOERR => now_failed += 1,
+                        other => bail!("round {round}: a write is answered {other:#x}"),
+                    }
+                }
+                for block in 0..BLOCKS {
+                    let right = filled(*tenant + 2 * versions[usize::try_from(block)?], block);
+                    match machine.queue(0)?.read(block * BLOCK, right.len())? {
+                        Ok(found) => {
+                            ensure!(
+                                found == right,
+                                "round {round}, pass {pass}: block {block} of tenant {tenant} is wrong"
+                            );
+                            now_served += 1;
+                        }
+                        Err(S_IOERR) => now_failed += 1,
+                        Err(other) => bail!("round {round}: a read is answered {other:#x}"),
+                    }
+                }
+            }
+            if pass == 1 {
+                // Putting the length back does not bring the data back.
+                pool.set_len(POOL * MIB)?;
+            }
+        }
+        ensure!(now_served > 0 && now_failed > 0, "round {round}: {now_served} served, {now_failed} failed");
+        let problem = site.operator.pool()?.problem.unwrap_or_default();
+        ensure!(problem.contains("was shortened"), "round {round}: {problem:?}");
+        ensure!(site.daemon.log().contains("E_MEDIUM"), "the log does not say what happened");
+        drop(tenants);
+        site.daemon.terminate()?;
+        site.daemon.expect_clean_log()?;
+        pool.set_len(left)?;
+        let media = site.media.to_string_lossy().into_owned();
+        let said = pool_command(&["check", &media]).unwrap_or_else(|error| format!("{error:#}"));
+        ensure!(said.contains("truncated"), "round {round}: {said}");
+        (served, failed) = (served + now_served, failed + now_failed);
+    }
+    println!("class_13 ssd pool: {total} rounds, {served} blocks read, {failed} requests refused");
+    Ok(())
+}
+
+/// A block's worth of bytes that belong to nothing else.
+fn filled(version: u64, block: u64) -> Vec<u8> {
+    let word = (version << 32 | block | 1 << 63).to_le_bytes();
+    word.repeat(usize::try_from(BLOCK).unwrap_or(0) / word.len())
 }

@@ -236,7 +236,14 @@ fn kills_in_resizes(medium: Medium, kills: u32, seed: u64) -> Result<()> {
         ensure!(follower.is_well(), "after kill {kill}: {:?}", follower.end());
         if let Some(job) = unfinished(&mut site)? {
             mid_resize += 1;
-            let job = site.operator.finish(job.id).with_context(|| format!("after kill {kill}"))?;
+            let job = match site.operator.finish(job.id) {
+                Ok(job) => job,
+                // The driver may know why.
+                Err(error) => {
+                    let driver = follower.end().map(|driver| (driver.sizes, driver.count()));
+                    return Err(error.context(format!("after kill {kill}; the driver: {driver:?}")));
+                }
+            };
             ensure!(job.state == vssd_protocol::control::JobState::Done, "after kill {kill}: {job:?}");
         }
         let shown = site.operator.show("vm1")?;

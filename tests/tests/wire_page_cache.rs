@@ -60,5 +60,5 @@ fn reading_writing_flushing_discarding_and_shrinking_leave_no_page_of_the_pool_i
     std::fs::read(&media)?;
     ensure!(resident(&media)? >= MANY, "{} pages after reading all", resident(&media)?);
     ensure!(daemon.terminate()?.success());
-    daemon.expect_no_panic()
+    daemon.expect_clean_log()
 }

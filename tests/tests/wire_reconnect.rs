@@ -398,8 +398,10 @@ fn resizes_and_kills_leave_the_blocks_that_stay_alone() -> Result<()> {
     for round in 0..20 {
         load.run(200)?;
         load.fill()?;
-        let target = rng.random_range(520..1024) * BLOCK;
-        let job = site.operator.resize("vm1", target, &json!({}))?;
+        // Another size than now: the same one is no news.
+        let now = u64::from(driver.count());
+        let target = (now - 520 + rng.random_range(1..504)) % 504 + 520;
+        let job = site.operator.resize("vm1", target * BLOCK, &json!({}))?;
         ensure!(driver.attend(&mut { upper })?, "round {round}");
         ensure!(site.operator.finish(job.id)?.state == JobState::Done, "round {round}");
         load.fill()?;

@@ -69,9 +69,14 @@ pub struct Driver {
     pub batch: usize,
     /// UNPLUG and PLUG requests sent so far.
     pub messages: u64,
+    /// The device may be killed at any time. The next one may then give a shorter answer where the one before had written a
+    /// longer one.
+    pub device_may_crash: bool,
     area: Area,
     wait_area: Area,
     parked: Option<u16>,
+    /// An UNPLUG or PLUG was answered BUSY since there was news last: the host moves blocks itself (V-44).
+    host_at_work: bool,
 }
 
 /// Says which blocks to give up when `count` are asked for.
@@ -101,9 +106,11 @@ impl Driver {
             page: STATE_RANGES,
             batch: guest::MAX_RANGES as usize,
             messages: 0,
+            device_may_crash: false,
             area,
             wait_area,
             parked: None,
+            host_at_work: false,
         };
         driver.hello()?;
         Ok(driver)
@@ -177,10 +184,11 @@ impl Driver {
 
     /// What the device wrote, and a check that it wrote no more (V-4, V-35).
     fn response(&self, area: Area, answer: Answer, room: usize) -> Result<Vec<u8>> {
-        ensure!(answer.written > 0, "not even a status was written");
-        let len = usize::try_from(answer.written)? - 1;
+        // The status byte counts where all the room before it was filled.
+        let len = usize::try_from(answer.written)?.min(room);
         let mut bytes = self.queue.ring.ram.read(area.response, room);
-        ensure!(bytes[len..].iter().all(|byte| *byte == BLANK), "more was written than `used.len` says");
+        let is_blank = bytes[len..].iter().all(|byte| *byte == BLANK);
+        ensure!(is_blank || self.device_may_crash, "more was written than `used.len` says");
         bytes.truncate(len);
         Ok(bytes)
     }
@@ -255,6 +263,10 @@ impl Driver {
             let response = self.call(&request)?;
             if response.result == RequestResult::Stale {
                 return Ok(None);
+            }
+            if response.result == RequestResult::Busy && self.device_may_crash {
+                self.host_at_work = true;
+                break;
             }
             let ResponseBody::Ranges(statuses) = response.body else { bail!("{response:?}") };
             ensure!(statuses.len() == batch.len(), "{} statuses for {}", statuses.len(), batch.len());
@@ -395,11 +407,13 @@ impl Driver {
     }
 
     fn hear_and_follow(&mut self, choose: &mut Choice<'_>, limit: Duration) -> Result<bool> {
-        if self.sizes.requested_blocks == self.count() {
+        if self.sizes.requested_blocks == self.count() || self.host_at_work {
             if self.parked.is_none() {
                 self.park(self.sizes.seq)?;
             }
-            let Some(response) = self.wait_answer(limit)? else { return Ok(true) };
+            // A host that is done without having moved anything brings no news.
+            let was_at_work = std::mem::take(&mut self.host_at_work);
+            let Some(response) = self.wait_answer(limit)? else { return Ok(!was_at_work) };
             ensure!(response.result == RequestResult::Ok, Stale);
             let ResponseBody::Wait { flags, .. } = response.body else { bail!("{response:?}") };
             self.sizes = response.sizes;

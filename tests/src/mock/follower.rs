@@ -36,6 +36,7 @@ impl Follower {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         driver.batch = BATCH;
+        driver.device_may_crash = true;
         let thread = thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
                 driver.live(&mut upper_half, HEARS)?;

@@ -18,7 +18,10 @@ const SIZE: u64 = 32 * MIB;
 const TIMED: u64 = MIB;
 const TIMED_LEN: usize = 4096;
 /// Percentiles are taken of windows this long.
-const WINDOW: Duration = Duration::from_millis(100);
+pub const WINDOW: Duration = Duration::from_millis(100);
+
+/// From one moment to another.
+pub type Span = (Instant, Instant);
 
 type Times = Arc<Mutex<Vec<(Instant, Duration)>>>;
 
@@ -59,22 +62,17 @@ impl Neighbour {
         Ok(Self { stop, threads: [timing, loading], times, _machine: machine })
     }
 
-    /// The 99th percentile of single requests between two moments: the median of those of its windows. `None` if there is
-    /// no window with enough of them.
-    pub fn p99(&self, from: Instant, to: Instant) -> Option<Duration> {
+    /// The 99th percentile of single requests in these spans of time: the median of those of their windows. `None` if no span
+    /// has a whole window.
+    pub fn p99(&self, spans: &[Span]) -> Option<Duration> {
         let times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         let mut windows = Vec::new();
-        let mut begin = from;
-        while begin + WINDOW <= to {
-            let within = times.iter().filter(|(at, _)| (begin..begin + WINDOW).contains(at));
-            let mut window: Vec<Duration> = within.map(|(_, time)| *time).collect();
-            window.sort_unstable();
-            // Fewer than twenty answers in a window: the slowest counts, however slow.
-            windows.extend(window.get(window.len().saturating_sub(1 + window.len() / 100)).copied());
-            if window.is_empty() {
-                windows.push(WINDOW);
+        for (from, to) in spans {
+            let mut begin = *from;
+            while begin + WINDOW <= *to {
+                windows.push(p99_of(&times, begin));
+                begin += WINDOW;
             }
-            begin += WINDOW;
         }
         windows.sort_unstable();
         windows.get(windows.len() / 2).copied()
@@ -93,6 +91,16 @@ impl Neighbour {
         println!("the neighbour did {requests} verified requests meanwhile");
         Ok(())
     }
+}
+
+/// The 99th percentile of the requests begun in the window at `begin`. They are in the order in which they began.
+fn p99_of(times: &[(Instant, Duration)], begin: Instant) -> Duration {
+    let first = times.partition_point(|(at, _)| *at < begin);
+    let end = times.partition_point(|(at, _)| *at < begin + WINDOW);
+    let mut window: Vec<Duration> = times[first..end].iter().map(|(_, time)| *time).collect();
+    window.sort_unstable();
+    // Fewer than a hundred answers in a window: the slowest counts, however slow.
+    window.get(window.len().saturating_sub(1 + window.len() / 100)).copied().unwrap_or(WINDOW)
 }
 
 /// Writes and reads back one small piece after the other.

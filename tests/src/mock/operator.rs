@@ -29,6 +29,9 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
+/// The newest events that a daemon keeps, at most.
+pub const KEPT_EVENTS: u64 = 4096;
+
 /// A connection to the control socket.
 #[derive(Debug)]
 pub struct Operator {

@@ -36,7 +36,7 @@ const BOUNCE: u64 = 1 << 20;
 pub struct Answer {
     pub head: u16,
     pub status: u8,
-    /// `used.len`: bytes the device says it wrote, the status byte included.
+    /// `used.len`: bytes the device says it wrote from the first writable one on; the status byte only if all before it were.
     pub written: u32,
 }
 

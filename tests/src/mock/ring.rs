@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
+use super::PATIENCE;
 use super::ram::GuestRam;
 use crate::wait::Deadline;
 
@@ -158,6 +159,12 @@ impl Ring {
         self.ram.store(self.shape.used_idx(), at);
     }
 
+    /// Begins anew at the index at which the device has stopped, whatever lies in the ring's memory.
+    pub fn restart_at(&mut self, index: u16) {
+        self.reset();
+        self.start_before_wrap(0u16.wrapping_sub(index));
+    }
+
     /// How many more descriptors there are.
     pub fn free(&self) -> usize {
         self.free.len()
@@ -288,9 +295,12 @@ impl Ring {
                 return Ok(used);
             }
             if !self.wait_call(deadline.left())? {
-                let lost = self.ram.load(self.shape.used_idx()) != self.last_used;
-                let what = if lost { "an interrupt was lost" } else { "nothing was used" };
-                bail!("{what} in {:.1} s, {} chains in flight", limit.as_secs_f64(), self.chains.len());
+                let in_flight = self.chains.len();
+                if self.ram.load(self.shape.used_idx()) == self.last_used {
+                    bail!("nothing was used in {:.3} s, {in_flight} chains in flight", limit.as_secs_f64());
+                }
+                // The device may have been held up just between the answer and its interrupt.
+                ensure!(self.wait_call(PATIENCE)?, "an interrupt was lost, {in_flight} chains in flight");
             }
         }
     }
@@ -300,9 +310,12 @@ impl Ring {
         let timeout =
             Timespec { tv_sec: i64::try_from(limit.as_secs())?, tv_nsec: limit.subsec_nanos().into() };
         let mut fds = [PollFd::new(&self.shape.call, PollFlags::IN)];
-        let ready = poll(&mut fds, Some(&timeout)).context("wait for an interrupt")?;
-        let _ = rustix::io::read(&self.shape.call, &mut [0; 8]);
-        Ok(ready > 0)
+        let came = poll(&mut fds, Some(&timeout)).context("wait for an interrupt")? > 0;
+        if came {
+            // One that comes after the poll is kept for the next.
+            let _ = rustix::io::read(&self.shape.call, &mut [0; 8]);
+        }
+        Ok(came)
     }
 }
 

@@ -122,7 +122,7 @@ impl Site {
     pub fn finish(mut self) -> Result<()> {
         let status = self.daemon.terminate()?;
         ensure!(status.success(), "the daemon ended with {status}");
-        self.daemon.expect_no_panic()?;
+        self.daemon.expect_clean_log()?;
         let media = self.media.to_string_lossy();
         let verdict = pool_command(&["check", &media])?;
         ensure!(verdict.contains("the pool is sound"), "{verdict}");
