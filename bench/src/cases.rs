@@ -4,7 +4,7 @@
 use crate::client::{Kind, Load, Waiting};
 use crate::peer::{Contender, Medium};
 use crate::placement::Placement;
-use crate::run::Sample;
+use crate::sample::Sample;
 
 use Contender::{Fio, Qsd, Vssd, VssdIdentity, VssdPolling};
 
@@ -126,7 +126,7 @@ pub fn all() -> Vec<Case> {
             contenders: vec![Vssd, Qsd],
             gates: vec![times(Vssd, Figure::Iops, 6.0, Qsd), at_least(Vssd, Figure::IopsPerCore, 1e6)],
             rounds: 1,
-            against_memory: false,
+            against_memory: true,
         };
         cases.push(steady(format!("nvram-4k-qd32-{way}-same"), base.clone()));
         let split = Steady {
@@ -146,6 +146,7 @@ pub fn all() -> Vec<Case> {
         let one = Steady {
             load: random(kind, 4 * KIB, 1),
             gates: vec![times(Vssd, Figure::Iops, 2.0, Qsd)],
+            against_memory: false,
             ..base.clone()
         };
         cases.push(steady(format!("nvram-4k-qd1-{way}-same"), one.clone()));
@@ -166,7 +167,6 @@ pub fn all() -> Vec<Case> {
             load: random(kind, 128 * KIB, 16),
             placement: Placement::Split,
             gates: vec![times(Vssd, Figure::BytesPerSecond, 2.0, Qsd)],
-            against_memory: true,
             ..base
         };
         cases.push(steady(format!("nvram-128k-qd16-{way}-split"), large));

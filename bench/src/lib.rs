@@ -20,4 +20,5 @@ pub mod peer;
 pub mod placement;
 pub mod report;
 pub mod run;
+pub mod sample;
 pub mod stats;

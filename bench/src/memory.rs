@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! How fast this machine copies memory: what bounds large requests on NV-RAM.
+//! How fast this machine copies memory: what bounds requests on NV-RAM.
 
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use rustix::mm::{Advice, madvise};
 
 use crate::client::Kind;
+use crate::peer::Pages;
 
 /// As much as a steady case's disk.
 const DISK: usize = 1 << 30;
+/// A huge page.
+const HUGE: usize = 2 << 20;
 /// As many as a client has requests in flight.
 const BUFFERS: usize = 16;
 
@@ -24,15 +28,17 @@ pub struct Copies {
 }
 
 impl Copies {
-    pub fn new(kind: Kind, block: usize) -> Self {
-        // Not zero: such pages might all be one.
-        Self {
-            kind,
-            block,
-            disk: vec![1; DISK],
-            buffers: vec![2; BUFFERS * block],
-            rng: StdRng::seed_from_u64(1),
+    pub fn new(kind: Kind, block: usize, pages: Pages) -> Self {
+        let mut disk: Vec<u8> = Vec::with_capacity(DISK);
+        if pages == Pages::Huge {
+            let start = disk.as_ptr().align_offset(HUGE);
+            let from = disk.as_mut_ptr().wrapping_add(start);
+            // SAFETY: advice on memory that the vector owns.
+            let _ = unsafe { madvise(from.cast(), DISK - start, Advice::LinuxHugepage) };
         }
+        // Not zero: such pages might all be one.
+        disk.resize(DISK, 1);
+        Self { kind, block, disk, buffers: vec![2; BUFFERS * block], rng: StdRng::seed_from_u64(1) }
     }
 
     /// Bytes a second on the calling thread.
@@ -61,7 +67,7 @@ mod tests {
 
     #[test]
     fn copying_moves_bytes_at_some_rate() {
-        let mut copies = Copies::new(Kind::Read, 128 << 10);
+        let mut copies = Copies::new(Kind::Read, 128 << 10, Pages::Huge);
         assert!(copies.bandwidth(Duration::from_millis(20)) > 1e7);
         assert!(copies.buffers.iter().all(|byte| *byte == 1), "the disk's content is in the buffers");
     }

@@ -83,14 +83,3 @@ pub fn pin_command(command: &mut Command, cpu: Cpu) {
         command.pre_exec(move || sched_setaffinity(None, &set).map_err(Into::into));
     }
 }
-
-/// Lets the calling thread run only while nothing else wants its processor.
-pub fn idle_priority() -> Result<()> {
-    let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the structure is valid for the call, which changes the calling thread's scheduling and nothing else.
-    let outcome = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameters) };
-    if outcome != 0 {
-        bail!("idle priority: {}", std::io::Error::last_os_error());
-    }
-    Ok(())
-}

@@ -1,135 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Runs the contenders of a case in turn, round by round, so that what the machine does meanwhile meets all of them.
-//!
-//! A run during which other programs used more than [`FOREIGN_LIMIT`] of a processor is repeated, at most [`REPEATS`] times; if
-//! none was quiet the quietest counts, and the result says so.
 
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use crate::client::{Load, Session, Tally, Timing, Waiting, drive};
-use crate::meter::{Meter, Usage};
+use crate::client::{Load, Session, Timing, Waiting, drive};
+use crate::meter::Meter;
 use crate::peer::qsd::{self, Polling, Way};
 use crate::peer::server::{VssdBuild, VssdOptions};
 use crate::peer::{Contender, Media, Medium, Server, fio};
 use crate::placement::{Cpu, Cpus};
-use crate::stats::{median, spread};
+use crate::sample::Sample;
+use crate::stats::median;
 
-/// Processors that others may use during a run.
-pub const FOREIGN_LIMIT: f64 = 0.15;
-/// How often a disturbed run is made again.
-pub const REPEATS: usize = 3;
 /// What the `polling` contender allows a worker.
 pub const POLL_US: u16 = 200;
 
 /// The vSSD of cases that need only one.
 pub const VSSD: &str = "vssd";
-
-/// What one run gave.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Sample {
-    pub iops: f64,
-    pub bytes_per_second: f64,
-    pub p50_us: f64,
-    pub p99_us: f64,
-    /// Processors that the backend kept busy.
-    pub backend_cores: f64,
-    /// Processors that other programs kept busy.
-    pub foreign_cores: f64,
-    /// Flushes of the disk a second.
-    pub media_flushes: f64,
-}
-
-impl Sample {
-    /// The figures of one session.
-    #[allow(clippy::cast_precision_loss, reason = "figures for people")]
-    pub fn of(tally: &Tally) -> Self {
-        let us = |quantile| tally.latencies.value_at_quantile(quantile) as f64 / 1e3;
-        Self {
-            iops: tally.iops(),
-            bytes_per_second: tally.bytes_per_second(),
-            p50_us: us(0.5),
-            p99_us: us(0.99),
-            ..Self::default()
-        }
-    }
-
-    /// All sessions together; no latencies.
-    pub fn sum(tallies: &[Tally]) -> Self {
-        let mut sum = tallies.first().map(Self::of).unwrap_or_default();
-        sum.iops = tallies.iter().map(Tally::iops).sum();
-        sum.bytes_per_second = tallies.iter().map(Tally::bytes_per_second).sum();
-        sum
-    }
-
-    /// Adds what it cost.
-    #[must_use]
-    pub fn with(self, usage: Usage) -> Self {
-        Self {
-            backend_cores: usage.backend_cores,
-            foreign_cores: usage.foreign_cores,
-            media_flushes: usage.media_flushes,
-            ..self
-        }
-    }
-
-    pub fn iops_per_core(&self) -> f64 {
-        if self.backend_cores > 0.0 { self.iops / self.backend_cores } else { 0.0 }
-    }
-}
-
-/// All runs of one contender in one case.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Series {
-    pub samples: Vec<Sample>,
-    /// Runs made again because others used the machine.
-    pub repeated: usize,
-}
-
-impl Series {
-    pub fn median(&self) -> Sample {
-        let of = |figure: fn(&Sample) -> f64| median(&self.samples.iter().map(figure).collect::<Vec<_>>());
-        Sample {
-            iops: of(|s| s.iops),
-            bytes_per_second: of(|s| s.bytes_per_second),
-            p50_us: of(|s| s.p50_us),
-            p99_us: of(|s| s.p99_us),
-            backend_cores: of(|s| s.backend_cores),
-            foreign_cores: of(|s| s.foreign_cores),
-            media_flushes: of(|s| s.media_flushes),
-        }
-    }
-
-    /// Runs that count although others used the machine.
-    pub fn disturbed(&self) -> usize {
-        self.samples.iter().filter(|sample| sample.foreign_cores > FOREIGN_LIMIT).count()
-    }
-
-    pub fn spread(&self) -> f64 {
-        spread(&self.samples.iter().map(|s| s.iops).collect::<Vec<_>>())
-    }
-
-    /// Makes a run, again if it was disturbed, and keeps the best.
-    pub fn add(&mut self, mut run: impl FnMut() -> Result<Sample>) -> Result<()> {
-        let mut best: Option<Sample> = None;
-        for attempt in 0..=REPEATS {
-            let sample = run()?;
-            self.repeated += usize::from(attempt > 0);
-            if best.is_none_or(|best| sample.foreign_cores < best.foreign_cores) {
-                best = Some(sample);
-            }
-            if sample.foreign_cores <= FOREIGN_LIMIT {
-                break;
-            }
-        }
-        self.samples.push(best.context("no run was made")?);
-        Ok(())
-    }
-}
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -242,6 +135,11 @@ impl Bench {
         Ok(path)
     }
 
+    /// Removes the disks of the steady cases, for cases that make their own: on NV-RAM, gigabytes of memory.
+    pub fn make_room(&mut self) -> Result<()> {
+        self.filled.drain().try_for_each(|(_, path)| Ok(std::fs::remove_file(path)?))
+    }
+
     /// A folder for a contender's sockets and log.
     fn runtime(&self, contender: Contender) -> Result<PathBuf> {
         let name = match contender {
@@ -256,7 +154,7 @@ impl Bench {
     }
 
     /// Makes a contender ready for a case. For the storage daemon, finds out which way to run it serves the case best; the note
-    /// says which.
+    /// says which, and in which it fails.
     pub fn rival(&mut self, contender: Contender, setting: &Setting<'_>) -> Result<(Rival, Option<String>)> {
         let file = self.filled(contender, setting)?;
         let (cpu, runtime, queues) =
@@ -270,21 +168,31 @@ impl Bench {
             Contender::Fio => return Ok((Rival::File(file), None)),
             Contender::Qsd => {}
         }
-        let mut best: Option<(f64, &Way)> = None;
-        for way in &self.qsd {
+        let rate = |way: &Way| -> Result<f64> {
             let rival = Rival::Server(Server::qsd(&file, way, queues, cpu, &runtime)?);
             let mut rates = Vec::new();
             for round in 0..3 {
                 rates.push(self.run_for(&rival, setting, Effort::CALIBRATION, 0xca11 + round)?.iops);
             }
             rival.stop()?;
-            let rate = median(&rates);
-            if best.is_none_or(|(other, _)| rate > other) {
-                best = Some((rate, way));
+            Ok(median(&rates))
+        };
+        let (mut best, mut crashed): (Option<(f64, &Way)>, Vec<String>) = (None, Vec::new());
+        for way in &self.qsd {
+            match rate(way) {
+                Ok(rate) if best.is_none_or(|(other, _)| rate > other) => best = Some((rate, way)),
+                Ok(_) => {}
+                Err(error) => {
+                    eprintln!("qsd, {}: {error:#}", way.name());
+                    crashed.push(way.name());
+                }
             }
         }
-        let (_, way) = best.context("there is no storage daemon")?;
-        let note = format!("qsd is {}, the best of {} ways for this case", way.name(), self.qsd.len());
+        let (_, way) = best.context("no storage daemon works")?;
+        let mut note = format!("qsd is {}, the best of {} ways for this case", way.name(), self.qsd.len());
+        if !crashed.is_empty() {
+            let _ = write!(note, "; it failed as {}", crashed.join(" and "));
+        }
         Ok((Rival::Server(Server::qsd(&file, way, queues, cpu, &runtime)?), Some(note)))
     }
 

@@ -19,7 +19,8 @@ use crate::peer::{Media, Medium, Server};
 use crate::placement::Placement;
 use crate::report::figures::share;
 use crate::report::{CaseReport, Row, Verdict};
-use crate::run::{Bench, Sample, Series, VSSD, on_cpu};
+use crate::run::{Bench, VSSD, on_cpu};
+use crate::sample::{Sample, Series};
 use crate::stats::median;
 
 const BLOCK: u64 = 64 << 10;

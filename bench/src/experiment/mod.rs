@@ -17,6 +17,9 @@ use crate::run::Bench;
 
 /// Carries a case out.
 pub fn run(bench: &mut Bench, case: &Case) -> Result<CaseReport> {
+    if !matches!(case.plan, Plan::Steady(_)) {
+        bench.make_room()?;
+    }
     let mut report = match &case.plan {
         Plan::Steady(plan) => steady::run(bench, plan),
         Plan::FirstTouch(medium) => first_touch::run(bench, *medium),

@@ -11,7 +11,8 @@ use crate::peer::{Media, Medium, Server};
 use crate::placement::Placement;
 use crate::report::figures::{self, share};
 use crate::report::{CaseReport, Row, Verdict};
-use crate::run::{Bench, Sample, Series, on_cpu};
+use crate::run::{Bench, on_cpu};
+use crate::sample::{Sample, Series};
 use crate::stats::median;
 
 const COUNTS: [usize; 4] = [1, 4, 16, 64];

@@ -8,7 +8,8 @@ use crate::memory;
 use crate::peer::Contender;
 use crate::report::figures::share;
 use crate::report::{self, CaseReport, Verdict};
-use crate::run::{Bench, Series, Setting, on_cpu};
+use crate::run::{Bench, Setting, on_cpu};
+use crate::sample::Series;
 use crate::stats::median;
 
 pub fn run(bench: &mut Bench, case: &Steady) -> Result<CaseReport> {
@@ -21,7 +22,8 @@ pub fn run(bench: &mut Bench, case: &Steady) -> Result<CaseReport> {
         notes.extend(note);
         rivals.push((contender, rival, Series::default()));
     }
-    let mut copies = case.against_memory.then(|| memory::Copies::new(case.load.kind, case.load.block));
+    let pages = bench.media.pages();
+    let mut copies = case.against_memory.then(|| memory::Copies::new(case.load.kind, case.load.block, pages));
     let mut bandwidths = Vec::new();
     for round in 0..bench.effort.rounds * case.rounds {
         for (contender, rival, series) in &mut rivals {
@@ -39,8 +41,9 @@ pub fn run(bench: &mut Bench, case: &Steady) -> Result<CaseReport> {
     if !bandwidths.is_empty() {
         let memory = median(&bandwidths);
         for row in &report.rows {
-            let reached = row.median.bytes_per_second / memory;
-            let what = format!("{}: share of memcpy's {:.1} GB/s", row.contender, memory / 1e9);
+            let reached = row.median.bytes_per_second / row.median.backend_cores.max(f64::EPSILON) / memory;
+            let what =
+                format!("{}: share of memcpy's {:.1} GB/s, per backend core", row.contender, memory / 1e9);
             report.verdicts.push(Verdict::info(what, share(reached)));
         }
     }

@@ -12,7 +12,7 @@ use vssd_tests::paths;
 use crate::client::{Kind, Load};
 use crate::meter::Meter;
 use crate::placement::{Cpu, pin_command};
-use crate::run::Sample;
+use crate::sample::Sample;
 
 #[derive(Debug, Deserialize)]
 struct Report {

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! The files that backends serve: in memory for NV-RAM, on a disk with direct I/O for an SSD.
+//!
+//! Real NV-RAM is mapped by DAX in pages of 2 MiB. So that what stands for it is, too, a tmpfs of such pages is mounted where
+//! that is allowed.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -8,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 use anyhow::{Context, Result, ensure};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde::Serialize;
 use tempfile::TempDir;
 
@@ -32,6 +36,47 @@ impl Medium {
     }
 }
 
+/// In what pieces the memory that stands for NV-RAM can be mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pages {
+    /// 2 MiB.
+    Huge,
+    /// 4 KiB.
+    Small,
+}
+
+impl Pages {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Huge => "2 MiB",
+            Self::Small => "4 KiB",
+        }
+    }
+}
+
+/// A tmpfs of huge pages, unmounted when dropped.
+#[derive(Debug)]
+struct HugeTmpfs(PathBuf);
+
+/// Where it is within a run's folder.
+const HUGE: &str = "h";
+
+impl HugeTmpfs {
+    fn mount(path: PathBuf) -> Result<Self> {
+        fs::create_dir(&path)?;
+        mount("vssd-bench", &path, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"huge=always,size=80%")?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for HugeTmpfs {
+    fn drop(&mut self) {
+        // Should it fail, the next run sweeps it away.
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
+    }
+}
+
 /// Folders are named after this and the process that made them.
 const PREFIX: &str = "vb-";
 
@@ -43,6 +88,7 @@ fn sweep(base: &Path) -> Result<()> {
         let owner = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split_once('-')?.0.parse().ok());
         if owner.is_some_and(|owner: u32| !Path::new(&format!("/proc/{owner}")).exists()) {
             // Another run may be sweeping too.
+            let _ = unmount(entry.path().join(HUGE), UnmountFlags::DETACH);
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -52,13 +98,15 @@ fn sweep(base: &Path) -> Result<()> {
 /// Where files are made. Everything in it goes with this value.
 #[derive(Debug)]
 pub struct Media {
+    /// Before the folder that it lies in.
+    huge: Option<HugeTmpfs>,
     nvram: TempDir,
     ssd: TempDir,
 }
 
 impl Media {
-    /// `ssd_dir` is made if it does not exist.
-    pub fn new(ssd_dir: &Path) -> Result<Self> {
+    /// `ssd_dir` is made if it does not exist. Where no file system can be mounted, pages are small whatever is wanted.
+    pub fn new(ssd_dir: &Path, pages: Pages) -> Result<Self> {
         let make = |base: &Path| {
             fs::create_dir_all(base).with_context(|| format!("make {}", base.display()))?;
             sweep(base)?;
@@ -67,7 +115,12 @@ impl Media {
             let dir = tempfile::Builder::new().prefix(&prefix).tempdir_in(base);
             dir.with_context(|| format!("make a folder in {}", base.display()))
         };
-        let media = Self { nvram: make(Path::new("/dev/shm"))?, ssd: make(ssd_dir)? };
+        let nvram = make(Path::new("/dev/shm"))?;
+        let huge = match pages {
+            Pages::Huge => HugeTmpfs::mount(nvram.path().join(HUGE)).ok(),
+            Pages::Small => None,
+        };
+        let media = Self { huge, nvram, ssd: make(ssd_dir)? };
         media.check_direct()?;
         Ok(media)
     }
@@ -82,9 +135,14 @@ impl Media {
         Ok(fs::remove_file(path)?)
     }
 
+    /// What NV-RAM is mapped in.
+    pub fn pages(&self) -> Pages {
+        if self.huge.is_some() { Pages::Huge } else { Pages::Small }
+    }
+
     pub fn dir(&self, medium: Medium) -> &Path {
         match medium {
-            Medium::Nvram => self.nvram.path(),
+            Medium::Nvram => self.huge.as_ref().map_or(self.nvram.path(), |huge| &huge.0),
             Medium::Ssd => self.ssd.path(),
         }
     }

@@ -12,7 +12,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-pub use media::{Media, Medium};
+pub use media::{Media, Medium, Pages};
 pub use server::Server;
 
 /// A backend in one configuration.

@@ -31,7 +31,11 @@ pub struct Server {
     /// Of the disk, or of the operator if there may be several disks.
     socket: PathBuf,
     log: PathBuf,
+    /// Ours must end in order. A peer that once in a while does not end at all must not cost the results of an hour.
+    is_peer: bool,
 }
+
+const OURS: &str = "vssd-backend";
 
 /// How `vssd-backend` is run.
 #[derive(Clone, Copy, Debug)]
@@ -88,7 +92,8 @@ impl Server {
             pin_command(&mut command, cpu);
         }
         let _ = fs::remove_file(&socket);
-        let mut server = Self { process: Daemon::spawn(name, command)?, socket, log: log.to_owned() };
+        let process = Daemon::spawn(name, command)?;
+        let mut server = Self { process, socket, log: log.to_owned(), is_peer: name != OURS };
         server.wait_ready().with_context(|| server.log_tail())?;
         Ok(server)
     }
@@ -111,7 +116,7 @@ impl Server {
             command.arg(format!("--poll-us={}", options.poll_us));
         }
         command.arg("--log-level=warn");
-        Self::start("vssd-backend", command, cpu, control_socket(runtime), &runtime.join("vssd.log"))
+        Self::start(OURS, command, cpu, control_socket(runtime), &runtime.join("vssd.log"))
     }
 
     /// As [`Server::vssd`] on a new pool in `file`, with vSSDs of `bytes` and these names.
@@ -195,7 +200,10 @@ impl Server {
 
     /// Ends it in order.
     pub fn stop(mut self) -> Result<()> {
-        let status = self.process.terminate(END)?;
+        let status = match self.process.terminate(END) {
+            Err(_) if self.is_peer => return self.process.kill(),
+            ended => ended?,
+        };
         if !status.success() {
             bail!("the daemon ended with {status}; {}", self.log_tail());
         }

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use serde::Serialize;
 
+use crate::peer::Pages;
 use crate::placement::Cpus;
 
 #[derive(Clone, Debug, Serialize)]
@@ -16,12 +17,13 @@ pub struct Machine {
     pub kernel: String,
     /// Those that were used.
     pub cpus: Cpus,
+    pub nvram_pages: Pages,
     pub versions: Vec<String>,
 }
 
 impl Machine {
     /// `storage_daemons`: their versions.
-    pub fn look(cpus: Cpus, storage_daemons: &[&str]) -> Self {
+    pub fn look(cpus: Cpus, nvram_pages: Pages, storage_daemons: &[&str]) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let cpu_info = read("/proc/cpuinfo");
         let model = cpu_info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -36,6 +38,7 @@ impl Machine {
             memory_gib: (kib.unwrap_or(0) + (1 << 19)) >> 20,
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             cpus,
+            nvram_pages,
             versions: [format!("qemu-storage-daemon {}", storage_daemons.join(" and "))]
                 .into_iter()
                 .chain(version("fio", "--version"))

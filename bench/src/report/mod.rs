@@ -11,7 +11,8 @@ use serde::Serialize;
 use crate::cases::{Bound, Figure, Gate, Steady};
 use crate::client::Kind;
 use crate::peer::Contender;
-use crate::run::{Effort, Sample, Series};
+use crate::run::Effort;
+use crate::sample::{Sample, Series};
 use figures::{count, seconds, share, times};
 use machine::Machine;
 

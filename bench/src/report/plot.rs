@@ -85,7 +85,8 @@ mod tests {
     use crate::placement::Cpus;
     use crate::report::machine::Machine;
     use crate::report::{CaseReport, Row};
-    use crate::run::{Effort, Sample, Series};
+    use crate::run::Effort;
+    use crate::sample::{Sample, Series};
 
     #[test]
     fn every_rate_has_a_bar_and_ten_times_as_much_is_a_decade_longer() {
@@ -95,7 +96,7 @@ mod tests {
         };
         let rows = vec![row("vssd", 1e6), row("qsd & <co>", 1e5), row("fio", 0.0)];
         let case = CaseReport { name: "a".into(), rows, ..CaseReport::default() };
-        let machine = Machine::look(Cpus::choose().unwrap(), &[]);
+        let machine = Machine::look(Cpus::choose().unwrap(), crate::peer::Pages::Small, &[]);
         let svg = svg(&Report { machine, effort: Effort::QUICK, cases: vec![case] });
         assert!(svg.contains("qsd &amp; &lt;co&gt;") && svg.starts_with("<svg") && svg.ends_with("</svg>\n"));
         let lengths: Vec<f64> = svg

@@ -15,12 +15,13 @@ const COLUMNS: [&str; 9] = ["", "IOPS", "±", "p50", "p99", "GB/s", "backend cor
 pub fn heading(report: &Report) -> String {
     let (machine, effort) = (&report.machine, &report.effort);
     format!(
-        "{} × {}, {} GiB, Linux {}; {}\nmedians of {} interleaved runs of {} after {} of warm-up\n",
+        "{} × {}, {} GiB, Linux {}; {}; NV-RAM is tmpfs with pages of {}\nmedians of {} interleaved runs of {} after {} of warm-up\n",
         machine.processors,
         machine.processor,
         machine.memory_gib,
         machine.kernel,
         machine.versions.join("; "),
+        machine.nvram_pages.name(),
         effort.rounds,
         seconds(effort.measured.as_secs_f64()),
         seconds(effort.warm_up.as_secs_f64()),
