@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask fuzz`: builds the targets in `fuzz/` once and runs each for a while on its kept corpus, two at a time.
 //!
-//! The flags are those of `cargo fuzz`, which works in that folder too; set here, the targets need neither it nor a nightly toolchain. With
-//! one, the address sanitizer watches as well.
+//! The flags are those of `cargo fuzz`, which works in that folder too; set here, the targets need neither it nor a nightly toolchain: the one
+//! that builds everything else has the address sanitizer as well, behind an option that it calls unstable. Where it was packaged without,
+//! the targets run without.
 
 use std::env;
 use std::fs;
@@ -14,7 +15,7 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 use vssd_tests::paths;
 
-use crate::stages::show;
+use crate::stages::{cargo, show};
 
 const TARGETS: [&str; 6] = ["vhost_user", "chain", "inflight", "pool_image", "guest_channel", "control"];
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
@@ -22,6 +23,8 @@ const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-l
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Cllvm-args=-simplifycfg-branch-fold-threshold=0 --cfg fuzzing";
 const SANITIZER: &str = " -Zsanitizer=address";
+/// Lets a stable compiler take options that may change.
+const UNSTABLE_ENV: &str = "RUSTC_BOOTSTRAP";
 /// How long a target runs.
 const DEFAULT_S: u32 = 20;
 /// What a target may take of memory; that includes the sanitizer's shadow.
@@ -65,30 +68,33 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// Builds every target; gives the folder of the programs.
 fn build() -> Result<PathBuf> {
     let root = paths::repo_root();
-    let nightly = Command::new("rustup")
-        .args(["run", "nightly", "rustc", "--version"])
-        .stderr(Stdio::null())
-        .output()
-        .is_ok_and(|output| output.status.success());
-    let mut cargo = if nightly {
-        let mut rustup = Command::new("rustup");
-        rustup.args(["run", "nightly", "cargo"]);
-        // What runs this program has chosen another toolchain.
-        for name in ["CARGO", "RUSTC", "RUSTDOC", "RUSTUP_TOOLCHAIN"] {
-            rustup.env_remove(name);
-        }
-        rustup
-    } else {
-        Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-    };
-    let flags = if nightly { COVERAGE.to_owned() + SANITIZER } else { COVERAGE.to_owned() };
-    eprintln!("fuzz targets are built {} the address sanitizer", if nightly { "with" } else { "without" });
-    cargo.current_dir(&root).env("RUSTFLAGS", flags).stdin(Stdio::null());
     // Without a triple, the flags would go to build scripts as well.
-    cargo.args(["build", "--quiet", "--release", "--bins", "--target", TRIPLE]);
+    let mut cargo = cargo(&["build", "--quiet", "--release", "--bins", "--target", TRIPLE]);
+    let mut flags = COVERAGE.to_owned();
+    let has_sanitizer = has_sanitizer()?;
+    if has_sanitizer {
+        flags.push_str(SANITIZER);
+        cargo.env(UNSTABLE_ENV, "1");
+    }
+    eprintln!(
+        "fuzz targets are built {} the address sanitizer",
+        if has_sanitizer { "with" } else { "without" }
+    );
+    cargo.env("RUSTFLAGS", flags);
     cargo.args(["--manifest-path", "fuzz/Cargo.toml", "--target-dir", "target/fuzz"]);
     show(cargo)?;
     Ok(root.join("target/fuzz").join(TRIPLE).join("release"))
+}
+
+/// Whether the compiler came with the address sanitizer's library.
+fn has_sanitizer() -> Result<bool> {
+    let mut rustc = Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    let printed = output(rustc.args(["--print", "target-libdir", "--target", TRIPLE]))?;
+    ensure!(printed.status.success(), "rustc: {}", String::from_utf8_lossy(&printed.stderr));
+    let folder = String::from_utf8(printed.stdout)?;
+    let folder = folder.trim_end();
+    let files = fs::read_dir(folder).with_context(|| format!("read {folder}"))?;
+    Ok(files.flatten().any(|file| file.file_name().to_string_lossy().ends_with("rt.asan.a")))
 }
 
 fn limits() -> [String; 4] {

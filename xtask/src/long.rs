@@ -59,7 +59,14 @@ impl What {
             }
             Self::Hostile => form(
                 "vssd-tests",
-                &["wire_hostile", "wire_hostile_frontend", "wire_hostile_memory"],
+                &[
+                    "wire_hostile",
+                    "wire_hostile_changes",
+                    "wire_hostile_channel",
+                    "wire_hostile_frontend",
+                    "wire_hostile_load",
+                    "wire_hostile_memory",
+                ],
                 &[],
                 Some(("VSSD_HOSTILE_ROUNDS", 10_000)),
             ),

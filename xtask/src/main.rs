@@ -8,6 +8,7 @@ mod fuzz;
 mod guest;
 mod long;
 mod model;
+mod programs;
 mod sabotage;
 mod schedules;
 mod stages;
@@ -84,7 +85,7 @@ fn run(command: &Command) -> Result<()> {
         Command::Schedules(args) => schedules::run(args),
         Command::Miri => schedules::miri(),
         Command::Long(args) => long::run(args),
-        Command::Sabotage => sabotage::run(),
+        Command::Sabotage => sabotage::run(&sabotage::build()?, &test::build()?),
         Command::Module => {
             vssd_tests::setup::ensure()?;
             stages::build_modules()
@@ -93,7 +94,7 @@ fn run(command: &Command) -> Result<()> {
 }
 
 fn demo() -> Result<()> {
-    let mut stages = Stages::new();
+    let stages = Stages::new();
     stages.run("set up", vssd_tests::setup::ensure)?;
     stages.run("build", || stages::build_binaries(&["--quiet"]))?;
     stages.run("guest kernel and driver", || {

@@ -2,18 +2,20 @@
 //! `cargo xtask sabotage`: breaks the pool and the daemon on purpose, one fault at a time, and sees that the test that must
 //! catch it does. A suite that has never failed proves nothing.
 
+use std::collections::BTreeSet;
 use std::env;
-use std::path::Path;
+use std::fs;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
-use vssd_tests::paths::{self, BACKEND_ENV};
+use anyhow::{Context, Result, bail, ensure};
+use vssd_tests::paths::{self, BACKEND_ENV, PREBUILT_ENV};
 
-use crate::stages::{cargo, show};
+use crate::programs::{self, Program};
 
 /// Where a test is.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Suite {
     /// The unit tests of the pool or of the daemon.
     Unit(&'static str),
@@ -36,7 +38,7 @@ const fn fault(name: &'static str, suite: Suite, test: &'static str) -> Fault {
     Fault { name, suite, test }
 }
 
-const FAULTS: [Fault; 13] = [
+const FAULTS: [Fault; 14] = [
     fault("skip-flush", Suite::Pool("crash"), CRASH),
     fault(
         "skip-opening-flush",
@@ -74,57 +76,51 @@ const FAULTS: [Fault; 13] = [
         "vhost_user::chain::tests::length_that_changes_after_its_check_is_not_used",
     ),
     fault(
+        "fetch-length-twice",
+        Suite::Scenario("wire_hostile_changes"),
+        "class_06_a_length_that_changes_after_its_check_is_not_used",
+    ),
+    fault(
         "drop-in-flight",
         Suite::Scenario("wire_kill"),
         "twenty_kills_under_load_lose_no_request_on_an_ssd",
     ),
 ];
 
-pub(crate) fn run() -> Result<()> {
+/// What can be broken.
+pub(crate) struct Broken {
+    programs: Vec<Program>,
+    daemon: PathBuf,
+}
+
+/// Builds pool and daemon with the faults in them. What else they consist of, they share with the sound ones; therefore the daemon takes
+/// the place of the sound one and is moved away, and whoever calls builds that one afterwards.
+pub(crate) fn build() -> Result<Broken> {
+    // All packages, as in the sound build: with fewer, cargo would choose other features for what they depend on.
+    let common = ["--workspace", "--features", "vssd-pool/sabotage,vssd-backend/sabotage"];
+    let suites = ["--bin", "vssd-backend", "--test", "crash", "--test", "concurrency", "--test", "pool"];
+    let mut built = programs::build(&[&["build"], &common[..], &suites[..]].concat())?;
+    let units = programs::build(&[&["test", "--no-run", "--lib"], &common[..]].concat())?;
+    built.tests.extend(units.tests);
+    let daemon = built.binaries.get("vssd-backend").context("cargo built no daemon")?;
     let dir = paths::repo_root().join("target/sabotage");
-    let build = |args: &[&str]| {
-        let mut build = cargo(args);
-        build.arg("--target-dir").arg(&dir);
-        show(build)
-    };
-    let mut pool = vec!["test", "--quiet", "--no-run", "--package", "vssd-pool", "--features"];
-    pool.extend([
-        "vssd-pool/sabotage",
-        "--lib",
-        "--test",
-        "crash",
-        "--test",
-        "concurrency",
-        "--test",
-        "pool",
-    ]);
-    build(&pool)?;
-    build(&[
-        "test",
-        "--quiet",
-        "--no-run",
-        "--package",
-        "vssd-backend",
-        "--lib",
-        "--features",
-        "vssd-backend/sabotage",
-    ])?;
-    build(&["build", "--quiet", "--package", "vssd-backend", "--features", "vssd-backend/sabotage"])?;
-    let daemon = dir.join("debug/vssd-backend");
+    fs::create_dir_all(&dir)?;
+    let away = dir.join("vssd-backend");
+    fs::rename(daemon, &away).with_context(|| format!("move {}", daemon.display()))?;
+    Ok(Broken { programs: built.tests, daemon: away })
+}
+
+/// `scenarios` are the sound programs.
+pub(crate) fn run(broken: &Broken, scenarios: &[Program]) -> Result<()> {
+    let tests = Tests { broken, scenarios };
     // A test that fails anyway catches nothing.
-    for suite in [Suite::Pool("crash"), Suite::Pool("concurrency"), Suite::Pool("pool")] {
-        let mut healthy = std::collections::BTreeSet::new();
-        healthy.extend(FAULTS.iter().filter(|fault| fault.suite == suite).map(|fault| fault.test));
-        for test in healthy {
-            if !passes(command(suite, test, &dir, &daemon))? {
-                bail!("{test} fails without any sabotage");
-            }
-        }
+    for (suite, test) in BTreeSet::from(FAULTS.map(|fault| (fault.suite, fault.test))) {
+        ensure!(passes(tests.command(suite, test)?)?, "{test} fails without any sabotage");
     }
     let mut missed = Vec::new();
     for fault in &FAULTS {
         let started = Instant::now();
-        let mut test = command(fault.suite, fault.test, &dir, &daemon);
+        let mut test = tests.command(fault.suite, fault.test)?;
         test.env("VSSD_SABOTAGE", fault.name);
         if passes(test)? {
             eprintln!("MISSED {} by {}", fault.name, fault.test);
@@ -140,29 +136,28 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-fn command(suite: Suite, test: &str, dir: &Path, daemon: &Path) -> Command {
-    let mut command = match suite {
-        Suite::Unit(package) => {
-            let feature = format!("{package}/sabotage");
-            let mut command = cargo(&["test", "--quiet", "--package", package, "--lib"]);
-            command.args(["--features", &feature, "--target-dir"]).arg(dir);
-            command
-        }
-        Suite::Pool(target) => {
-            let mut command = cargo(&["test", "--quiet", "--package", "vssd-pool", "--test", target]);
-            command.args(["--features", "vssd-pool/sabotage", "--target-dir"]).arg(dir);
-            // A fault that is there is found in far fewer states.
-            command.env("CRASH_STATES", "20000");
-            command
-        }
-        Suite::Scenario(target) => {
-            let mut command = cargo(&["test", "--quiet", "--package", "vssd-tests", "--test", target]);
-            command.env(BACKEND_ENV, daemon);
-            command
-        }
-    };
-    command.args(["--", "--exact", test]).env("RUST_BACKTRACE", "0").env("RUST_LIB_BACKTRACE", "0");
-    command
+struct Tests<'a> {
+    broken: &'a Broken,
+    scenarios: &'a [Program],
+}
+
+impl Tests<'_> {
+    fn command(&self, suite: Suite, test: &str) -> Result<Command> {
+        let find = |programs: &[Program], room: &str, name: &str| {
+            let found = programs.iter().find(|program| program.room() == room && program.name() == name);
+            let program = found.with_context(|| format!("{room}/{name} was not built"))?;
+            anyhow::Ok(program.command(&["--exact", test]))
+        };
+        let mut command = match suite {
+            Suite::Unit(room) => find(&self.broken.programs, room, &room.replace('-', "_"))?,
+            Suite::Pool(name) => find(&self.broken.programs, "vssd-pool", name)?,
+            Suite::Scenario(name) => find(self.scenarios, "tests", name)?,
+        };
+        // A fault that is there is found in far fewer states.
+        command.env("CRASH_STATES", "20000").env(BACKEND_ENV, &self.broken.daemon).env(PREBUILT_ENV, "1");
+        command.env("RUST_BACKTRACE", "0").env("RUST_LIB_BACKTRACE", "0");
+        Ok(command)
+    }
 }
 
 /// Whether the test passes; that it was run at all is made sure of.
@@ -172,7 +167,7 @@ fn passes(mut command: Command) -> Result<bool> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .output()
-        .context("start cargo test")?;
+        .context("start the test")?;
     let text = String::from_utf8_lossy(&output.stdout);
     if !text.contains("running 1 test") {
         bail!("no test was run:\n{text}\n{}", String::from_utf8_lossy(&output.stderr));

@@ -9,7 +9,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use vssd_tests::paths;
 
-use crate::stages::{cargo, show};
+use crate::stages::{self, NOT_RUN_MARK, cargo, show};
 
 /// Set to 1 where Miri must not be missing.
 const REQUIRE_MIRI_ENV: &str = "CI_REQUIRE_MIRI";
@@ -68,9 +68,11 @@ pub(crate) fn miri() -> Result<()> {
         if env::var_os(REQUIRE_MIRI_ENV).is_some_and(|value| value == "1") {
             bail!("Miri is missing: `rustup component add miri rust-src --toolchain nightly`");
         }
-        eprintln!(
-            "NOT RUN: no nightly toolchain with Miri and the standard library's sources here ({REQUIRE_MIRI_ENV}=1 makes this an error)"
+        let line = format!(
+            "{NOT_RUN_MARK}no nightly toolchain with Miri and the standard library's sources here ({REQUIRE_MIRI_ENV}=1 makes this an error)"
         );
+        eprintln!("{line}");
+        stages::not_run(&line);
         return Ok(());
     }
     for suite in &SUITES {

@@ -1,29 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Named steps with their times, and the steps that several commands share.
+//! Named steps with their times, two rows of them side by side, and the steps that several commands share.
 
 use std::env;
 use std::ffi::OsString;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use vssd_tests::kernel::Kernel;
 use vssd_tests::paths;
 
-/// Steps run one after the other; each is announced and timed on standard error.
+/// How much less than others the second row of steps asks for, as `nice` counts it.
+const YIELDING: i32 = 10;
+/// What takes less is not in the table.
+const WORTH_A_LINE: Duration = Duration::from_millis(500);
+
+/// Steps; each is announced and timed on standard error.
 #[derive(Debug)]
 pub(crate) struct Stages {
     started: Instant,
-    times: Vec<(String, Duration)>,
+    times: Mutex<Vec<(String, Duration)>>,
 }
 
 impl Stages {
     pub(crate) fn new() -> Self {
-        Self { started: Instant::now(), times: Vec::new() }
+        Self { started: Instant::now(), times: Mutex::default() }
     }
 
     /// Runs a step; an error carries its name.
-    pub(crate) fn run<T>(&mut self, name: &str, step: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(crate) fn run<T>(&self, name: &str, step: impl FnOnce() -> Result<T>) -> Result<T> {
         eprintln!("==> {name}");
         let start = Instant::now();
         let outcome = step().with_context(|| format!("{name} failed"));
@@ -33,17 +40,51 @@ impl Stages {
             if outcome.is_ok() { "ok" } else { "FAILED" },
             took.as_secs_f64()
         );
-        self.times.push((name.to_owned(), took));
+        self.times.lock().unwrap_or_else(PoisonError::into_inner).push((name.to_owned(), took));
         outcome
     }
 
-    /// Prints where the time went.
+    /// Prints where the time went, most of it first. A step that consists of others stands there beside them.
     pub(crate) fn finish(self) {
-        for (name, took) in &self.times {
+        let mut times = self.times.into_inner().unwrap_or_else(PoisonError::into_inner);
+        times.sort_by_key(|(_, took)| std::cmp::Reverse(*took));
+        for (name, took) in times.iter().filter(|(_, took)| *took >= WORTH_A_LINE) {
             eprintln!("{:>8.1} s  {name}", took.as_secs_f64());
         }
         eprintln!("{:>8.1} s  in all", self.started.elapsed().as_secs_f64());
+        for line in NOT_RUN.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            eprintln!("{line}");
+        }
     }
+}
+
+/// How a line begins that says what this machine could not test.
+pub(crate) const NOT_RUN_MARK: &str = "NOT RUN: ";
+static NOT_RUN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Notes such a line, for the end of the summary.
+pub(crate) fn not_run(line: &str) {
+    NOT_RUN.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
+}
+
+/// Does two things at once, the second with what the first leaves of the processors. Waits for both.
+pub(crate) fn beside(
+    first: impl FnOnce() -> Result<()>,
+    second: impl FnOnce() -> Result<()> + Send,
+) -> Result<()> {
+    thread::scope(|scope| {
+        let second = scope.spawn(|| {
+            // A matter of the thread; the programs that it starts inherit it.
+            rustix::process::nice(YIELDING).context("lower the priority")?;
+            second()
+        });
+        let first = first();
+        let second = second.join().unwrap_or_else(|_panic| bail!("a thread of this program panicked"));
+        match (first, second) {
+            (Err(first), Err(second)) => Err(anyhow!("{first:#}; and {second:#}")),
+            (first, second) => first.and(second),
+        }
+    })
 }
 
 /// A cargo command in the checkout's root, without input.

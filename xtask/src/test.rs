@@ -1,77 +1,126 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask test`: everything that must hold, cheapest first, guests last.
+//! `cargo xtask test`: everything that must hold, cheapest first.
+//!
+//! Guests are emulated on one processor at a time, so what measures no time runs beside them on the other. The scenarios that do measure
+//! have the machine for themselves, at the end.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use vssd_tests::paths::PREBUILT_ENV;
 use vssd_tests::setup;
 
+use crate::programs::{self, Program};
 use crate::stages::{self, Stages, cargo, show};
-use crate::{fuzz, model, sabotage, schedules};
+use crate::{fuzz, sabotage, schedules};
+
+/// Scenarios with guests that measure no time.
+const UNHURRIED: [&str; 6] = ["guest_vssd", "guest_agent", "guest_stock", "guest_boot", "demo", "harness"];
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Leave out what needs a kernel or a guest.
     #[arg(long)]
     quick: bool,
-    /// Only the guest scenarios whose name contains this.
+    /// Only the scenarios whose name contains this.
     #[arg(long, value_name = "NAME")]
     scenario: Option<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let mut stages = Stages::new();
-    let outcome = run_stages(args, &mut stages);
+    let stages = Stages::new();
+    let outcome = match &args.scenario {
+        Some(name) => run_scenario(name, &stages),
+        None => run_all(args.quick, &stages),
+    };
     stages.finish();
     outcome
 }
 
-fn run_stages(args: &Args, stages: &mut Stages) -> Result<()> {
-    if !args.quick {
+fn run_scenario(name: &str, stages: &Stages) -> Result<()> {
+    stages.run("set up", setup::ensure)?;
+    let programs = stages.run("build", build)?;
+    stages.run("guest driver, every kernel", stages::build_modules)?;
+    let scenarios: Vec<&Program> = programs.iter().filter(|program| program.is_scenario()).collect();
+    run_scenarios(&scenarios, &[name], stages)
+}
+
+fn run_all(quick: bool, stages: &Stages) -> Result<()> {
+    if !quick {
         stages.run("set up", setup::ensure)?;
     }
-    if args.scenario.is_none() {
-        stages.run("format", || show(cargo(&["fmt", "--all", "--check"])))?;
-        stages.run("lints", || {
-            show(cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))
-        })?;
-        stages.run("documentation", || {
-            let mut doc = cargo(&["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"]);
-            doc.env("RUSTDOCFLAGS", "-D warnings");
-            show(doc)
-        })?;
-    }
-    stages.run("build", || stages::build_binaries(&["--quiet"]))?;
-    if args.scenario.is_none() {
-        stages.run("unit tests", || {
-            let others =
-                ["--exclude", "vssd-tests", "--exclude", "vssd-model", "--exclude", "vssd-schedules"];
-            let mut units = cargo(&["test", "--quiet", "--workspace"]);
-            units.args(others);
-            show(units)?;
-            show(cargo(&["test", "--quiet", "--package", "vssd-tests", "--lib", "--bins"]))?;
-            show(cargo(&["test", "--quiet", "--package", "vssd-tests", "--doc"]))
-        })?;
-        stages.run("model of the negotiation", || model::run(&model::Args::default()))?;
-        stages.run("hand-offs between threads", || schedules::run(&schedules::Args::default()))?;
-        stages.run("codecs, map and journal under Miri", schedules::miri)?;
-    }
-    if args.quick {
-        return Ok(());
-    }
-    if args.scenario.is_none() {
-        stages.run("fuzz targets", || fuzz::run(&fuzz::Args::default()))?;
-        stages.run("sabotage", sabotage::run)?;
-    }
-    stages.run("guest driver, every kernel", stages::build_modules)?;
-    stages.run("guest scenarios", || {
-        let mut scenarios =
-            cargo(&["test", "--package", "vssd-tests", "--test", "*", "--no-fail-fast", "--"]);
-        // A scenario's error says what happened; where in the harness it was made does not matter.
-        scenarios.env(PREBUILT_ENV, "1").env("RUST_LIB_BACKTRACE", "0");
-        scenarios.args(["--test-threads=1", "--nocapture"]);
-        if let Some(name) = &args.scenario {
-            scenarios.arg(name);
+    stages.run("format", || {
+        show(cargo(&["fmt", "--all", "--check"]))?;
+        show(cargo(&["fmt", "--check", "--manifest-path", "fuzz/Cargo.toml"]))
+    })?;
+    stages.run("lints", || {
+        for what in [&["--workspace"][..], &["--manifest-path", "fuzz/Cargo.toml", "--target-dir", "target"]]
+        {
+            let mut clippy = cargo(&["clippy", "--quiet", "--all-targets"]);
+            clippy.args(what).args(["--", "-D", "warnings"]);
+            show(clippy)?;
         }
-        show(scenarios)
-    })
+        Ok(())
+    })?;
+    stages.run("documentation", || {
+        let mut doc = cargo(&["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"]);
+        doc.env("RUSTDOCFLAGS", "-D warnings");
+        show(doc)
+    })?;
+    if quick {
+        return without_guests(&stages.run("build", build)?, stages);
+    }
+    let broken = stages.run("build with sabotage", sabotage::build)?;
+    let programs = stages.run("build", build)?;
+    stages.run("guest driver, every kernel", stages::build_modules)?;
+    let (unhurried, measuring): (Vec<&Program>, Vec<&Program>) = programs
+        .iter()
+        .filter(|program| program.is_scenario())
+        .partition(|program| UNHURRIED.contains(&program.name()));
+    ensure!(unhurried.len() == UNHURRIED.len(), "a scenario of {UNHURRIED:?} is missing");
+    stages::beside(
+        || run_scenarios(&unhurried, &[], stages),
+        || {
+            without_guests(&programs, stages)?;
+            stages.run("fuzz targets", || fuzz::run(&fuzz::Args::default()))?;
+            stages.run("sabotage", || sabotage::run(&broken, &programs))
+        },
+    )?;
+    run_scenarios(&measuring, &[], stages)
+}
+
+/// Builds everything that is tested or used by a test, and gives the test programs.
+pub(crate) fn build() -> Result<Vec<Program>> {
+    let built = programs::build(&["build", "--workspace", "--all-targets"])?;
+    ensure!(!built.tests.is_empty(), "cargo built no test program");
+    Ok(built.tests)
+}
+
+/// What takes neither a kernel nor a guest.
+fn without_guests(programs: &[Program], stages: &Stages) -> Result<()> {
+    for program in programs.iter().filter(|program| !program.is_scenario()) {
+        // These say how much they saw; of the first two each test takes all processors as it is.
+        let args: &[&str] = match (program.room(), program.name()) {
+            ("model" | "schedules", _) => &["--nocapture", "--test-threads=1"],
+            ("vssd-pool", "crash") => &["--nocapture"],
+            _ => &["--quiet"],
+        };
+        stages.run(&program.label(), || program.run(program.command(args)))?;
+    }
+    stages
+        .run("examples in the documentation", || show(cargo(&["test", "--quiet", "--workspace", "--doc"])))?;
+    stages.run("codecs, map and journal under Miri", schedules::miri)
+}
+
+/// One after the other, to the end whatever fails.
+fn run_scenarios(scenarios: &[&Program], filter: &[&str], stages: &Stages) -> Result<()> {
+    let mut failed = Vec::new();
+    for scenario in scenarios {
+        let mut command = scenario.command(&["--test-threads=1", "--nocapture"]);
+        // A scenario's error says what happened; where in the harness it was made does not matter.
+        command.args(filter).env(PREBUILT_ENV, "1").env("RUST_LIB_BACKTRACE", "0");
+        if let Err(error) = stages.run(&scenario.label(), || scenario.run(command)) {
+            failed.push(format!("{error:#}"));
+        }
+    }
+    ensure!(failed.is_empty(), "{}", failed.join("; "));
+    Ok(())
 }
