@@ -5,6 +5,7 @@
 //! ```toml
 //! [[disk]]
 //! name = "vda"          # or "*", the default: every vSSD without an entry of its own
+//! source = "filesystem" # what it is used for
 //! mount = "/data"       # where its file system is mounted, if it has several
 //! reserve = "5%"        # stays free: a share of the file system, or a size ("2G")
 //! pull_below = "3%"     # with less free space the host is asked for blocks back,
@@ -35,6 +36,8 @@ pub(crate) struct Config {
 pub(crate) struct DiskConfig {
     #[serde(default = "any")]
     name: String,
+    #[serde(default)]
+    pub(crate) source: Kind,
     pub(crate) mount: Option<PathBuf>,
     #[serde(default = "reserve")]
     pub(crate) reserve: Share,
@@ -64,12 +67,21 @@ impl Default for DiskConfig {
     fn default() -> Self {
         Self {
             name: any(),
+            source: Kind::default(),
             mount: None,
             reserve: reserve(),
             pull_below: pull_below(),
             pull_until: pull_until(),
         }
     }
+}
+
+/// What a disk is used for, and so where blocks come from that it can do without.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Kind {
+    #[default]
+    Filesystem,
 }
 
 /// A part of a file system.

@@ -3,7 +3,7 @@
 //! `vssd-agent`: decides, in the guest, which blocks of a vSSD the host may have.
 //!
 //! ```text
-//!   /proc/vssd/<disk>/request ──► serve (one thread a disk) ──► filesystem (balloon file)
+//!   /proc/vssd/<disk>/request ──► serve (one thread a disk) ──► source (which blocks)
 //!                    hints ◄────────┘
 //! ```
 //!
@@ -14,9 +14,8 @@ mod blocks;
 mod config;
 mod disk;
 mod error;
-mod filesystem;
-mod pull;
 mod serve;
+mod source;
 mod status;
 
 use std::io::{self, IsTerminal};

@@ -4,7 +4,7 @@
 //! remembers nothing that a crash could lose.
 //!
 //! ```text
-//!   to give > 0:  nominate what the balloon holds, take more into it, nominate that, …   until the host has enough,
+//!   to give > 0:  nominate what the source holds, have it take more, nominate that, …    until the host has enough,
 //!                 or nothing more can go: then say so ("end")
 //!   else:         take all hints back ► read which blocks are gone ► let go of all others
 //! ```
@@ -13,14 +13,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
-use vssd_protocol::units::ByteCount;
+use vssd_protocol::units::{BlockRange, ByteCount};
 
 use crate::blocks::BlockSet;
 use crate::config::DiskConfig;
 use crate::disk::{Disk, Status, Why};
 use crate::error::{AgentError, Result};
-use crate::filesystem::Filesystem;
-use crate::pull::{Need, Pull};
+use crate::source::{self, Source};
 
 /// News ends a wait; this is for what brings none: a file system that is mounted or has become emptier.
 const IDLE: Duration = Duration::from_secs(10);
@@ -35,14 +34,13 @@ const ABSENT: Duration = Duration::from_secs(5);
 
 /// Serves the disk called `name` for as long as this process lives.
 pub(crate) fn serve(name: &str, config: &DiskConfig) -> Result<()> {
-    let filesystem = Filesystem::new(name, config.mount.clone(), config.reserve);
+    let mut source = source::of(name, config);
     loop {
         match Disk::open(name) {
             Ok(disk) => {
                 info!(disk = name, "serves");
-                let pull = Pull::new(config.pull_below, config.pull_until);
-                let mut server =
-                    Server { disk, filesystem: &filesystem, pull, ended: None, settled: None, told: None };
+                let source = source.as_mut();
+                let mut server = Server { disk, source, ended: None, settled: None, told: None };
                 let gone = server.run();
                 warn!(disk = name, reason = %gone, "the disk has gone");
             }
@@ -56,8 +54,7 @@ pub(crate) fn serve(name: &str, config: &DiskConfig) -> Result<()> {
 
 struct Server<'a> {
     disk: Disk,
-    filesystem: &'a Filesystem,
-    pull: Pull,
+    source: &'a mut dyn Source,
     /// Session and number of the news that were answered with "end".
     ended: Option<(String, u64)>,
     /// What was the case when the balloon file was last looked at and found right, and when that was.
@@ -109,7 +106,7 @@ impl Server<'_> {
             info!(disk = name, seq = first.seq, reason = first.reason, wanted = %bytes(first.to_give()), "the host asks for blocks back");
         }
         let mut nominated = BlockSet::new(total);
-        let mut held = self.filesystem.held(first)?;
+        let mut held = self.source.held(first)?;
         loop {
             // In this order: a block that goes in between is counted twice as going, and no block is taken in vain.
             let evicted = self.disk.evicted(total)?;
@@ -119,12 +116,9 @@ impl Server<'_> {
                 // The next round settles.
                 return Ok(());
             }
-            let new = held.without(&evicted).without(&nominated);
+            let new = new_of(&held, &evicted, &mut nominated);
             if !new.is_empty() {
-                self.disk.hint(new.ranges())?;
-                for range in new.ranges() {
-                    nominated.insert(range);
-                }
+                self.disk.hint(new)?;
             }
             let going = nominated.without(&evicted).len();
             if going >= wanted {
@@ -135,7 +129,7 @@ impl Server<'_> {
                 }
                 continue;
             }
-            held = self.filesystem.take(&status, &evicted, wanted - going)?;
+            held = self.source.take(&status, &evicted, wanted - going)?;
         }
     }
 
@@ -173,7 +167,7 @@ impl Server<'_> {
         // Some may have come back meanwhile; they are let go of now. What changes from here on is for the next round.
         let seen = self.disk.look()?;
         let evicted = self.disk.evicted(status.total_blocks)?;
-        match self.filesystem.keep(status, &evicted) {
+        match self.source.keep(status, &evicted) {
             // There is nothing to let go of, until something is mounted.
             Err(AgentError::NotMounted { .. }) if evicted.is_empty() => return Ok(()),
             other => other?,
@@ -182,21 +176,11 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// Asks for blocks back when the file system is short of space.
+    /// Asks for blocks back when they are missed.
     fn ask(&mut self, status: &Status) -> Result<()> {
-        if status.evicted_blocks == 0 {
-            return Ok(());
-        }
-        let space = self.filesystem.space()?;
-        let need = Need {
-            size: space.size,
-            free: space.free,
-            block_size: status.block_size.into(),
-            evicted_blocks: status.evicted_blocks,
-        };
-        match self.pull.want(need, Instant::now()) {
+        match self.source.wanted(status, Instant::now())? {
             Some(blocks) => {
-                info!(disk = self.disk.name(), free = %ByteCount(space.free), blocks, "asks the host for blocks back");
+                info!(disk = self.disk.name(), blocks, "asks the host for blocks back");
                 self.disk.pull(blocks)
             }
             None => Ok(()),
@@ -204,10 +188,10 @@ impl Server<'_> {
     }
 
     /// Somebody has deleted the balloon file, or the host took blocks that the file system holds free.
-    fn cover(&self, status: &Status, evicted: &BlockSet) -> Result<()> {
+    fn cover(&mut self, status: &Status, evicted: &BlockSet) -> Result<()> {
         let mut evicted = evicted.clone();
         loop {
-            let missing = self.filesystem.uncovered(status, &evicted)?;
+            let missing = self.source.uncovered(status, &evicted)?;
             if missing.is_empty() {
                 return Ok(());
             }
@@ -229,10 +213,47 @@ impl Server<'_> {
             evicted = now;
         }
         // The host has no more. They are taken out of the file system, before it writes to them.
-        let still = self.filesystem.cover(status, &evicted)?;
+        let still = self.source.cover(status, &evicted)?;
         if still.is_empty() {
             return Ok(());
         }
-        Err(AgentError::Uncovered { path: self.filesystem.path()?, blocks: still.len() })
+        Err(AgentError::Uncovered { path: self.source.place()?, blocks: still.len() })
+    }
+}
+
+/// What of `held` has neither gone nor been nominated; it is from now on.
+fn new_of(held: &[BlockRange], evicted: &BlockSet, nominated: &mut BlockSet) -> Vec<BlockRange> {
+    let mut new: Vec<BlockRange> = Vec::new();
+    for range in held {
+        for block in range.start..range.start.saturating_add(range.count) {
+            if evicted.contains(block) || nominated.contains(block) {
+                continue;
+            }
+            match new.last_mut() {
+                Some(last) if last.start + last.count == block => last.count += 1,
+                _ => new.push(BlockRange::new(block, 1)),
+            }
+        }
+    }
+    for range in &new {
+        nominated.insert(*range);
+    }
+    new
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_is_nominated_once_and_in_order() {
+        let ranges = |list: &[(u32, u32)]| -> Vec<_> {
+            list.iter().map(|&(start, count)| BlockRange::new(start, count)).collect()
+        };
+        let evicted = BlockSet::of(20, ranges(&[(5, 2)]));
+        let mut nominated = BlockSet::new(20);
+        let first = new_of(&ranges(&[(10, 2), (3, 6)]), &evicted, &mut nominated);
+        assert_eq!(first, ranges(&[(10, 2), (3, 2), (7, 2)]));
+        assert_eq!(new_of(&ranges(&[(10, 3), (3, 6)]), &evicted, &mut nominated), ranges(&[(12, 1)]));
     }
 }

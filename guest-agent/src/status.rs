@@ -9,7 +9,7 @@ use crate::blocks::BlockSet;
 use crate::config::Config;
 use crate::disk::{self, Status};
 use crate::error::Result;
-use crate::filesystem::{Estimate, Filesystem};
+use crate::source::{self, Estimate, Source};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -29,21 +29,20 @@ struct Report {
     problem: Option<String>,
 }
 
-/// What the file system says.
+/// What the source says.
 #[derive(Debug, Serialize)]
 struct Inside {
-    balloon_file: String,
+    place: String,
     could_give: Estimate,
-    /// Evicted blocks of the file system that no balloon file holds: any but 0 is a fault.
+    /// Evicted blocks that something may still use: any but 0 is a fault.
     uncovered_blocks: u32,
 }
 
 fn look(name: &str, config: &Config) -> Result<(Status, Report)> {
     let status = disk::status(name)?;
     let evicted = disk::evicted(name, status.total_blocks)?;
-    let settings = config.of(name);
-    let filesystem = Filesystem::new(name, settings.mount, settings.reserve);
-    let (inside, problem) = match inside(&filesystem, &status, &evicted) {
+    let source = source::of(name, &config.of(name));
+    let (inside, problem) = match inside(source.as_ref(), &status, &evicted) {
         Ok(inside) => (Some(inside), None),
         Err(error) => (None, Some(error.to_string())),
     };
@@ -63,11 +62,11 @@ fn look(name: &str, config: &Config) -> Result<(Status, Report)> {
     Ok((status, report))
 }
 
-fn inside(filesystem: &Filesystem, status: &Status, evicted: &BlockSet) -> Result<Inside> {
+fn inside(source: &dyn Source, status: &Status, evicted: &BlockSet) -> Result<Inside> {
     Ok(Inside {
-        balloon_file: filesystem.path()?.display().to_string(),
-        could_give: filesystem.estimate(status, evicted)?,
-        uncovered_blocks: filesystem.uncovered(status, evicted)?.len(),
+        place: source.place()?.display().to_string(),
+        could_give: source.estimate(status, evicted)?,
+        uncovered_blocks: source.uncovered(status, evicted)?.len(),
     })
 }
 
@@ -97,14 +96,14 @@ fn print_text(report: &Report) {
     );
     if let Some(inside) = &report.inside {
         println!(
-            "  balloon file {}: {} gone, {} held, {} more could go",
-            inside.balloon_file,
+            "  {}: {} gone, {} held, {} more could go",
+            inside.place,
             bytes(report.evicted_blocks),
             bytes(inside.could_give.held_blocks),
             bytes(inside.could_give.free_blocks)
         );
         if inside.uncovered_blocks > 0 {
-            println!("  {} are gone without being in it: grow the vSSD back", bytes(inside.uncovered_blocks));
+            println!("  {} are gone and may be used: grow the vSSD back", bytes(inside.uncovered_blocks));
         }
     }
     if let Some(problem) = &report.problem {

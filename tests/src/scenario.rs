@@ -55,12 +55,13 @@ impl Medium {
         }
     }
 
-    /// What a daemon may come to keep, in KiB, of buffers for requests of odd alignment: up to 64 of 64 KiB in each worker, a
-    /// worker a processor. How soon all of them are there depends on the disk.
+    /// What a daemon may come to keep, in KiB: in each worker, a worker a processor, up to 64 buffers of 64 KiB for requests of odd
+    /// alignment, and for each of 256 transfers two lists of 2 KiB of the guest's buffers. How soon all of them are there depends
+    /// on the disk.
     pub fn kept_buffers_kib(self) -> u64 {
         match self {
             Self::Nvram => 0,
-            Self::Ssd => (64 * 64 * thread::available_parallelism().map_or(1, NonZeroUsize::get)) as u64,
+            Self::Ssd => ((64 * 64 + 256 * 4) * thread::available_parallelism().map_or(1, NonZeroUsize::get)) as u64,
         }
     }
 }

@@ -271,7 +271,7 @@ fn whatever_is_wrong_the_agent_says_so_and_nothing_is_lost() -> Result<()> {
     host.ctl.ok(&["limits", NAME, "--pull", "grant"])?;
     stop_agent(&mut guest, &agent, "KILL")?;
     guest.ok("chattr -i /mnt/.vssd-balloon && rm -f /mnt/.vssd-balloon && sync")?;
-    ensure!(guest.ok("vssd-agent status")?.contains("gone without being in it"));
+    ensure!(guest.ok("vssd-agent status")?.contains("gone and may be used"));
     let agent = start_agent(&mut guest, "4M")?;
     settled(&mut guest, &agent)?;
     guest.ok("guest_files fill /mnt/more 5 && guest_files check /mnt/more 5")?;

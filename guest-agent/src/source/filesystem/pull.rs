@@ -13,7 +13,7 @@ use crate::config::Share;
 const AGAIN: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
-pub(crate) struct Pull {
+pub(super) struct Pull {
     below: Share,
     until: Share,
     asked: Option<Instant>,
@@ -21,21 +21,21 @@ pub(crate) struct Pull {
 
 /// How it stands with the file system.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Need {
+pub(super) struct Need {
     /// Bytes of the file system, what has gone of it included.
-    pub(crate) size: u64,
-    pub(crate) free: u64,
-    pub(crate) block_size: u64,
-    pub(crate) evicted_blocks: u32,
+    pub(super) size: u64,
+    pub(super) free: u64,
+    pub(super) block_size: u64,
+    pub(super) evicted_blocks: u32,
 }
 
 impl Pull {
-    pub(crate) fn new(below: Share, until: Share) -> Self {
+    pub(super) fn new(below: Share, until: Share) -> Self {
         Self { below, until, asked: None }
     }
 
     /// How many blocks to ask for now.
-    pub(crate) fn want(&mut self, need: Need, now: Instant) -> Option<u32> {
+    pub(super) fn want(&mut self, need: Need, now: Instant) -> Option<u32> {
         let until = self.until.bytes(need.size);
         if need.free >= until {
             self.asked = None;

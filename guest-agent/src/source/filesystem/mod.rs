@@ -14,19 +14,22 @@ mod balloon;
 mod ioctl;
 mod layout;
 mod mount;
+mod pull;
 
 use std::fs::File;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use tracing::{debug, info};
 use vssd_protocol::units::{BlockRange, ByteCount};
 
-use self::balloon::Balloon;
-pub(crate) use self::balloon::Space;
+use self::balloon::{Balloon, Space};
 use self::layout::Geometry;
 use self::mount::Mount;
+use self::pull::{Need, Pull};
+use super::{Estimate, Source};
 use crate::blocks::BlockSet;
-use crate::config::Share;
+use crate::config::{DiskConfig, Share};
 use crate::disk::Status;
 use crate::error::{AgentError, Result};
 
@@ -41,20 +44,17 @@ pub(crate) struct Filesystem {
     disk: String,
     point: Option<PathBuf>,
     reserve: Share,
-}
-
-/// How much could go, in blocks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
-pub(crate) struct Estimate {
-    /// In the balloon file already.
-    pub(crate) held_blocks: u32,
-    /// Free, less the reserve.
-    pub(crate) free_blocks: u32,
+    pull: Pull,
 }
 
 impl Filesystem {
-    pub(crate) fn new(disk: &str, point: Option<PathBuf>, reserve: Share) -> Self {
-        Self { disk: disk.to_owned(), point, reserve }
+    pub(crate) fn new(disk: &str, config: &DiskConfig) -> Self {
+        Self {
+            disk: disk.to_owned(),
+            point: config.mount.clone(),
+            reserve: config.reserve,
+            pull: Pull::new(config.pull_below, config.pull_until),
+        }
     }
 
     fn mount(&self) -> Result<Mount> {
@@ -97,22 +97,15 @@ impl Filesystem {
     }
 
     /// The blocks that the balloon file holds.
-    pub(crate) fn held(&self, status: &Status) -> Result<BlockSet> {
+    fn ballooned(&self, status: &Status) -> Result<BlockSet> {
         match self.balloon(status)? {
             Some(balloon) => balloon.blocks(),
             None => Ok(BlockSet::new(status.total_blocks)),
         }
     }
 
-    /// What could go beyond the blocks that have gone.
-    pub(crate) fn estimate(&self, status: &Status, evicted: &BlockSet) -> Result<Estimate> {
-        let held = self.held(status)?.without(evicted).len();
-        let room = self.room(self.space()?) / u64::from(status.block_size);
-        Ok(Estimate { held_blocks: held, free_blocks: u32::try_from(room).unwrap_or(u32::MAX) })
-    }
-
     /// Its size and what it has free.
-    pub(crate) fn space(&self) -> Result<Space> {
+    fn space(&self) -> Result<Space> {
         Ok(Space::of(&balloon::stat(&self.mount()?.point)?))
     }
 
@@ -120,8 +113,30 @@ impl Filesystem {
         space.free.saturating_sub(self.reserve.bytes(space.size))
     }
 
+    /// The blocks of `blocks` that are this file system's, wholly or in part.
+    fn inside(&self, status: &Status, blocks: &BlockSet) -> Result<BlockSet> {
+        let place = self.mount()?.place;
+        let block = u64::from(status.block_size);
+        let at = |block: u64| u32::try_from(block).unwrap_or(u32::MAX);
+        let (first, end) = (at(place.offset / block), at((place.offset + place.len).div_ceil(block)));
+        let outside = [BlockRange::new(0, first), BlockRange::new(end, u32::MAX)];
+        Ok(blocks.without(&BlockSet::of(status.total_blocks, outside)))
+    }
+}
+
+impl Source for Filesystem {
+    /// Where the balloon file is, or would be.
+    fn place(&self) -> Result<PathBuf> {
+        Ok(self.mount()?.point.join(balloon::NAME))
+    }
+
+    /// The blocks that the balloon file holds.
+    fn held(&self, status: &Status) -> Result<Vec<BlockRange>> {
+        Ok(self.ballooned(status)?.ranges().collect())
+    }
+
     /// Takes about `want` blocks more into the balloon file, a step at a time, and gives all that it holds then.
-    pub(crate) fn take(&self, status: &Status, evicted: &BlockSet, want: u32) -> Result<BlockSet> {
+    fn take(&mut self, status: &Status, evicted: &BlockSet, want: u32) -> Result<Vec<BlockRange>> {
         let mut balloon = self.made_balloon(status)?;
         let before = balloon.blocks()?;
         // Also of blocks that have gone without being in the file as a whole.
@@ -162,35 +177,25 @@ impl Filesystem {
             let (asked, whole) = (ByteCount(step), ByteCount(whole));
             return Err(AgentError::Fragmented { path: balloon.path().to_owned(), asked, whole });
         }
-        Ok(held)
+        Ok(held.ranges().collect())
     }
 
     /// Lets the file system have all that is no part of the blocks in `keep`.
-    pub(crate) fn keep(&self, status: &Status, keep: &BlockSet) -> Result<()> {
+    fn keep(&mut self, status: &Status, keep: &BlockSet) -> Result<()> {
         match self.balloon(status)? {
             Some(mut balloon) => balloon.shrink_to(keep),
             None => Ok(()),
         }
     }
 
-    /// The blocks of `blocks` that are this file system's, wholly or in part.
-    fn inside(&self, status: &Status, blocks: &BlockSet) -> Result<BlockSet> {
-        let place = self.mount()?.place;
-        let block = u64::from(status.block_size);
-        let at = |block: u64| u32::try_from(block).unwrap_or(u32::MAX);
-        let (first, end) = (at(place.offset / block), at((place.offset + place.len).div_ceil(block)));
-        let outside = [BlockRange::new(0, first), BlockRange::new(end, u32::MAX)];
-        Ok(blocks.without(&BlockSet::of(status.total_blocks, outside)))
-    }
-
     /// Blocks of this file system that the host has and the balloon file has not.
-    pub(crate) fn uncovered(&self, status: &Status, evicted: &BlockSet) -> Result<BlockSet> {
-        Ok(self.inside(status, evicted)?.without(&self.held(status)?))
+    fn uncovered(&self, status: &Status, evicted: &BlockSet) -> Result<BlockSet> {
+        Ok(self.inside(status, evicted)?.without(&self.ballooned(status)?))
     }
 
     /// Takes all free space for a moment, so that the balloon file holds every free block that the host has; gives those that
     /// it does not hold even then.
-    pub(crate) fn cover(&self, status: &Status, evicted: &BlockSet) -> Result<BlockSet> {
+    fn cover(&mut self, status: &Status, evicted: &BlockSet) -> Result<BlockSet> {
         let mut balloon = self.made_balloon(status)?;
         let gone = self.inside(status, evicted)?;
         let mut step = STEP;
@@ -206,8 +211,31 @@ impl Filesystem {
         }
     }
 
-    /// Where the balloon file is, or would be.
-    pub(crate) fn path(&self) -> Result<PathBuf> {
-        Ok(self.mount()?.point.join(balloon::NAME))
+    fn wanted(&mut self, status: &Status, now: Instant) -> Result<Option<u32>> {
+        if status.evicted_blocks == 0 {
+            return Ok(None);
+        }
+        let space = self.space()?;
+        let need = Need {
+            size: space.size,
+            free: space.free,
+            block_size: status.block_size.into(),
+            evicted_blocks: status.evicted_blocks,
+        };
+        let wanted = self.pull.want(need, now);
+        if wanted.is_some() {
+            info!(disk = self.disk, free = %ByteCount(space.free), "short of space");
+        }
+        Ok(wanted)
+    }
+
+    fn estimate(&self, status: &Status, evicted: &BlockSet) -> Result<Estimate> {
+        let held_blocks = self.ballooned(status)?.without(evicted).len();
+        let room = self.room(self.space()?) / u64::from(status.block_size);
+        Ok(Estimate {
+            held_blocks,
+            free_blocks: u32::try_from(room).unwrap_or(u32::MAX),
+            ..Estimate::default()
+        })
     }
 }
