@@ -189,10 +189,12 @@ pub mod method {
     pub const DEVICE_LIST: &str = "device.list";
     pub const DEVICE_SHOW: &str = "device.show";
     pub const DEVICE_EVICTED: &str = "device.evicted";
+    pub const DEVICE_ESTIMATE: &str = "device.estimate";
     pub const DEVICE_CREATE: &str = "device.create";
     pub const DEVICE_DELETE: &str = "device.delete";
     pub const DEVICE_RESIZE: &str = "device.resize";
     pub const DEVICE_LIMITS: &str = "device.limits";
+    pub const DEVICE_RECLAIM: &str = "device.reclaim";
     pub const JOB_LIST: &str = "job.list";
     pub const JOB_SHOW: &str = "job.show";
     pub const JOB_WAIT: &str = "job.wait";
@@ -210,6 +212,7 @@ pub mod method {
                 | DEVICE_LIST
                 | DEVICE_SHOW
                 | DEVICE_EVICTED
+                | DEVICE_ESTIMATE
                 | JOB_LIST
                 | JOB_SHOW
                 | JOB_WAIT
@@ -336,6 +339,18 @@ pub struct DriverInfo {
     pub could_give_bytes: Option<u64>,
 }
 
+/// The agent of a guest whose driver knows nothing of vSSDs, by what it says itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AgentInfo {
+    /// How long ago it was heard of.
+    pub heard_ms: u64,
+    /// What it keeps the guest from using.
+    pub held_bytes: u64,
+    /// Why it keeps less than it was asked to: `nothing`, `busy`, `policy`, `error`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shortfall: Option<String>,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FrontendInfo {
     pub connected: bool,
@@ -380,6 +395,12 @@ pub struct DeviceInfo {
     pub policy: Policy,
     pub socket_path: String,
     pub serial: String,
+    /// How much of the disk the guest is asked to use at most, where its driver cannot give blocks up. A wish: nothing enforces
+    /// it, and what the pool promises stays `requested_bytes`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub soft_bytes: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<AgentInfo>,
     pub driver: DriverInfo,
     pub frontend: FrontendInfo,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -414,6 +435,52 @@ pub struct EvictedRanges {
 
 /// Ranges in one answer to `device.evicted`: what fits a line with room to spare.
 pub const MAX_EVICTED: usize = 16384;
+
+/// Answer to `device.estimate` (a [`NameParams`]): what the guest said last that it could give up now, by what that would cost
+/// it. Nothing is promised: the guest may use any of it meanwhile.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EstimateAnswer {
+    pub name: String,
+    /// How old it is.
+    pub age_ms: u64,
+    /// Nothing lies there.
+    pub free_bytes: u64,
+    /// Copies of what is elsewhere, not asked for lately.
+    pub clean_cold_bytes: u64,
+    /// Copies of what is elsewhere, in use.
+    pub clean_hot_bytes: u64,
+    /// Must be written elsewhere first.
+    pub dirty_bytes: u64,
+    /// Plugged blocks that hold no data, as the host sees it: these the pool has not spent.
+    pub unwritten_bytes: u64,
+}
+
+/// `device.reclaim`: asks the agent of a guest whose driver cannot give blocks up to keep all but so much of the disk unused.
+/// Answer: [`ReclaimAnswer`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReclaimParams {
+    pub name: String,
+    /// How much the guest may go on using; `null` takes the wish back.
+    pub soft_bytes: Option<u64>,
+    /// Of the job; the vSSD's policy if absent, two minutes if that has none.
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReclaimAnswer {
+    /// Absent for a dry run, and where a wish is taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<JobInfo>,
+    pub allocated_bytes: u64,
+    #[serde(default)]
+    pub soft_bytes: Option<u64>,
+    /// What will happen and what is not promised, for people.
+    pub plan: String,
+}
 
 /// `device.create`. Answer: [`DeviceInfo`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -527,15 +594,28 @@ impl JobState {
     }
 }
 
+/// What a job is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum JobKind {
+    /// Its sizes are of plugged blocks.
+    #[default]
+    Resize,
+    /// Its sizes are of blocks that hold data.
+    Reclaim,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct JobInfo {
     pub id: u64,
+    #[serde(default)]
+    pub kind: JobKind,
     pub device: String,
     pub state: JobState,
-    /// Plugged when the job began.
+    /// When the job began.
     pub from_bytes: u64,
     pub target_bytes: u64,
-    /// Plugged now, or when the job ended.
+    /// Now, or when the job ended.
     pub plugged_bytes: u64,
     pub started_ms: u64,
     pub elapsed_ms: u64,

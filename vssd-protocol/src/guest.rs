@@ -51,6 +51,7 @@ const WAIT_REQ_LEN: usize = REQ_LEN + 8;
 const WAIT_RESP_LEN: usize = RESP_LEN + 16;
 const DECLINE_REQ_LEN: usize = REQ_LEN + 16;
 const PULL_REQ_LEN: usize = REQ_LEN + 8;
+const REPORT_REQ_LEN: usize = REQ_LEN + 16;
 
 /// Request types, `virtio_blk_outhdr.type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -63,11 +64,20 @@ pub enum RequestType {
     Plug = 0x5653_0005,
     Decline = 0x5653_0006,
     Pull = 0x5653_0007,
+    Report = 0x5653_0008,
 }
 
 impl RequestType {
-    pub const ALL: [Self; 7] =
-        [Self::Hello, Self::State, Self::Wait, Self::Unplug, Self::Plug, Self::Decline, Self::Pull];
+    pub const ALL: [Self; 8] = [
+        Self::Hello,
+        Self::State,
+        Self::Wait,
+        Self::Unplug,
+        Self::Plug,
+        Self::Decline,
+        Self::Pull,
+        Self::Report,
+    ];
 
     /// `None` for a type that is not of the guest channel.
     pub fn from_wire(value: u32) -> Option<Self> {
@@ -151,6 +161,19 @@ pub enum Urgency {
     Critical = 2,
 }
 
+/// How much a guest could give up now, in blocks, by what that would cost it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Estimate {
+    /// Nothing lies there.
+    pub free: u32,
+    /// Copies of what is elsewhere, not asked for lately.
+    pub clean_cold: u32,
+    /// Copies of what is elsewhere, in use.
+    pub clean_hot: u32,
+    /// Must be written elsewhere first.
+    pub dirty: u32,
+}
+
 /// Why bytes are no request. The chain is answered `VIRTIO_BLK_S_IOERR`; nothing has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
@@ -174,6 +197,7 @@ pub enum Request {
     Plug { epoch: u64, ranges: Vec<BlockRange> },
     Decline { epoch: u64, seq: u64, could_give: u32, reason: DeclineReason },
     Pull { epoch: u64, want_blocks: u32, urgency: Urgency },
+    Report { epoch: u64, estimate: Estimate },
 }
 
 impl Request {
@@ -187,6 +211,7 @@ impl Request {
             RequestType::Unplug | RequestType::Plug => REQ_LEN,
             RequestType::Decline => DECLINE_REQ_LEN,
             RequestType::Pull => PULL_REQ_LEN,
+            RequestType::Report => REPORT_REQ_LEN,
         };
         r.need(fixed)?;
         if kind == RequestType::Hello {
@@ -234,6 +259,11 @@ impl Request {
                 };
                 Self::Pull { epoch, want_blocks, urgency }
             }
+            RequestType::Report => {
+                let estimate =
+                    Estimate { free: r.u32()?, clean_cold: r.u32()?, clean_hot: r.u32()?, dirty: r.u32()? };
+                Self::Report { epoch, estimate }
+            }
         })
     }
 
@@ -246,7 +276,8 @@ impl Request {
             | Self::Unplug { epoch, .. }
             | Self::Plug { epoch, .. }
             | Self::Decline { epoch, .. }
-            | Self::Pull { epoch, .. } => Some(*epoch),
+            | Self::Pull { epoch, .. }
+            | Self::Report { epoch, .. } => Some(*epoch),
         }
     }
 
@@ -259,6 +290,7 @@ impl Request {
             Self::Plug { .. } => RequestType::Plug,
             Self::Decline { .. } => RequestType::Decline,
             Self::Pull { .. } => RequestType::Pull,
+            Self::Report { .. } => RequestType::Report,
         }
     }
 
@@ -284,6 +316,10 @@ impl Request {
             Self::Pull { epoch, want_blocks, urgency } => {
                 w.req(*epoch, 0, 0).u32(*want_blocks).u32(*urgency as u32);
             }
+            Self::Report { epoch, estimate } => {
+                let Estimate { free, clean_cold, clean_hot, dirty } = *estimate;
+                w.req(*epoch, 0, 0).u32(free).u32(clean_cold).u32(clean_hot).u32(dirty);
+            }
         }
         w.bytes
     }
@@ -297,7 +333,7 @@ pub fn min_response_len(kind: RequestType, ranges: u32) -> usize {
         RequestType::State => STATE_RESP_LEN,
         RequestType::Wait => WAIT_RESP_LEN,
         RequestType::Unplug | RequestType::Plug => RESP_LEN + ranges as usize,
-        RequestType::Decline | RequestType::Pull => RESP_LEN,
+        RequestType::Decline | RequestType::Pull | RequestType::Report => RESP_LEN,
     }
 }
 
@@ -325,7 +361,7 @@ pub struct Response {
 /// What a response adds to its common part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ResponseBody {
-    /// DECLINE, PULL, and every request that was not carried out.
+    /// DECLINE, PULL, REPORT, and every request that was not carried out.
     Plain,
     Hello(HelloBody),
     State {
@@ -481,7 +517,7 @@ impl Response {
                 });
                 ResponseBody::Ranges(statuses.collect::<Result<_, _>>()?)
             }
-            RequestType::Decline | RequestType::Pull => ResponseBody::Plain,
+            RequestType::Decline | RequestType::Pull | RequestType::Report => ResponseBody::Plain,
         })
     }
 }
@@ -638,6 +674,7 @@ mod tests {
             ("VSSD_T_PLUG", RequestType::Plug as u64),
             ("VSSD_T_DECLINE", RequestType::Decline as u64),
             ("VSSD_T_PULL", RequestType::Pull as u64),
+            ("VSSD_T_REPORT", RequestType::Report as u64),
             ("VSSD_RES_OK", RequestResult::Ok as u64),
             ("VSSD_RES_STALE", RequestResult::Stale as u64),
             ("VSSD_RES_NO_NEWS", RequestResult::NoNews as u64),
@@ -717,6 +754,9 @@ mod tests {
                 want_blocks,
                 urgency: Urgency::Pressure
             }),
+            any::<(u64, u32, u32, u32, u32)>().prop_map(|(epoch, free, clean_cold, clean_hot, dirty)| {
+                Request::Report { epoch, estimate: Estimate { free, clean_cold, clean_hot, dirty } }
+            }),
         ]
     }
 
@@ -731,7 +771,7 @@ mod tests {
         }
 
         #[test]
-        fn decoding_any_bytes_returns(kind in 0usize..7, bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn decoding_any_bytes_returns(kind in 0usize..8, bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let kind = RequestType::ALL[kind];
             let _ = Request::decode(kind, &bytes);
             let _ = Response::decode(kind, &bytes);
