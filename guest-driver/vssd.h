@@ -175,6 +175,16 @@ struct vssd_pull {
 	int result;			/* of that one */
 };
 
+/* How many blocks could go, by what it would cost: VSSD_T_REPORT. */
+struct vssd_report {
+	u32 free;
+	u32 clean_cold;
+	u32 clean_hot;
+	u32 dirty;
+	bool known;			/* user space has said so */
+	bool due;			/* and this session has not heard it */
+};
+
 struct vssd_counters {
 	u64 messages;
 	u64 hellos;
@@ -254,9 +264,10 @@ struct vssd {
 	unsigned int hint_wait_ms;
 
 	/* User space. */
-	struct mutex pull_lock;		/* of @pull and @verdict */
+	struct mutex pull_lock;		/* of @pull, @verdict and @report */
 	struct vssd_pull pull;
 	struct vssd_verdict verdict;
+	struct vssd_report report;
 	wait_queue_head_t pull_wait;
 	struct proc_dir_entry *proc_dir;
 	atomic_t agents;		/* open files of `request` that may also hint */
@@ -311,6 +322,7 @@ int vssd_chan_change(struct vssd *vssd, u32 type, const struct vssd_span *spans,
 int vssd_chan_decline(struct vssd *vssd, u64 seq, u32 could_give, u32 reason,
 		      struct vssd_news *news);
 int vssd_chan_pull(struct vssd *vssd, u32 blocks, u32 urgency, struct vssd_news *news);
+int vssd_chan_report(struct vssd *vssd, const struct vssd_report *report, struct vssd_news *news);
 int vssd_chan_arm_wait(struct vssd *vssd);
 bool vssd_chan_waiting(const struct vssd *vssd);
 int vssd_chan_take_wait(struct vssd *vssd, struct vssd_news *news);

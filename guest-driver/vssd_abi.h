@@ -52,6 +52,7 @@
 #define VSSD_T_PLUG			0x56530005
 #define VSSD_T_DECLINE			0x56530006
 #define VSSD_T_PULL			0x56530007
+#define VSSD_T_REPORT			0x56530008
 
 /* Status bytes of ordinary reads and writes that virtio-blk does not define. */
 #define VSSD_S_EVICTED			0x80	/* touches an unplugged block; nothing was done */
@@ -202,6 +203,19 @@ struct vssd_pull_req {
 	struct vssd_req req;
 	__le32 want_blocks;		/* on top of requested_blocks */
 	__le32 urgency;			/* VSSD_PULL_* */
+};
+
+/*
+ * REPORT says how many blocks could go now, by what that would cost the guest, whether or not any
+ * are asked for. The newest counts. Nothing follows from it: the blocks are still the guest's. 32
+ * bytes.
+ */
+struct vssd_report_req {
+	struct vssd_req req;
+	__le32 free_blocks;		/* nothing lies there */
+	__le32 clean_cold_blocks;	/* copies of what is elsewhere, not asked for lately */
+	__le32 clean_hot_blocks;	/* such copies, in use */
+	__le32 dirty_blocks;		/* must be written elsewhere first */
 };
 
 #endif /* _VSSD_ABI_H */

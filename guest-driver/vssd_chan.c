@@ -417,6 +417,24 @@ int vssd_chan_pull(struct vssd *vssd, u32 blocks, u32 urgency, struct vssd_news 
 }
 
 /**
+ * vssd_chan_report - tell how much could go
+ * @vssd: the disk
+ * @report: blocks, by what it would cost
+ * @news: the sizes
+ */
+int vssd_chan_report(struct vssd *vssd, const struct vssd_report *report, struct vssd_news *news)
+{
+	struct vssd_report_req *req = vssd->call.tx;
+
+	vssd_chan_fill(vssd, req, 0, 0);
+	req->free_blocks = cpu_to_le32(report->free);
+	req->clean_cold_blocks = cpu_to_le32(report->clean_cold);
+	req->clean_hot_blocks = cpu_to_le32(report->clean_hot);
+	req->dirty_blocks = cpu_to_le32(report->dirty);
+	return vssd_chan_call(vssd, VSSD_T_REPORT, sizeof(*req), sizeof(struct vssd_resp), news);
+}
+
+/**
  * vssd_chan_arm_wait - leave a WAIT with the device
  * @vssd: the disk, which has none there
  *
@@ -500,6 +518,7 @@ int vssd_chan_alloc(struct vssd *vssd)
 	BUILD_BUG_ON(sizeof(struct vssd_wait_resp) != 40);
 	BUILD_BUG_ON(sizeof(struct vssd_decline_req) != 32);
 	BUILD_BUG_ON(sizeof(struct vssd_pull_req) != 24);
+	BUILD_BUG_ON(sizeof(struct vssd_report_req) != 32);
 
 	/* Fewer ranges in a message cost round trips only. */
 	for (; ranges >= 512; ranges /= 2) {

@@ -529,6 +529,50 @@ static const struct proc_ops vssd_pull_ops = {
 	.proc_lseek	= noop_llseek,
 };
 
+/* ---- estimate ---- */
+
+static ssize_t vssd_estimate_write(struct file *file, const char __user *buf, size_t size,
+				   loff_t *pos)
+{
+	struct vssd *vssd = pde_data(file_inode(file));
+	struct vssd_report report = { .known = true, .due = true };
+	u32 *fields[] = { &report.free, &report.clean_cold, &report.clean_hot, &report.dirty };
+	char line[VSSD_LINE_SIZE];
+	char *p = line;
+	u64 sum = 0;
+	int err, i;
+
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	if (size >= sizeof(line))
+		return -EINVAL;
+	if (copy_from_user(line, buf, size))
+		return -EFAULT;
+	line[size] = '\0';
+	for (i = 0; i < ARRAY_SIZE(fields); i++) {
+		p = skip_spaces(p);
+		err = vssd_parse_number(&p, fields[i]);
+		if (err)
+			return err;
+		sum += *fields[i];
+	}
+	if (*strim(p))
+		return -EINVAL;
+	if (sum > vssd->blocks.total)
+		return -ERANGE;
+
+	mutex_lock(&vssd->pull_lock);
+	vssd->report = report;
+	mutex_unlock(&vssd->pull_lock);
+	vssd_resize_kick(vssd);
+	return size;
+}
+
+static const struct proc_ops vssd_estimate_ops = {
+	.proc_write	= vssd_estimate_write,
+	.proc_lseek	= noop_llseek,
+};
+
 /* ---- directories ---- */
 
 int vssd_proc_add(struct vssd *vssd)
@@ -542,7 +586,8 @@ int vssd_proc_add(struct vssd *vssd)
 	    !proc_create_data("request", 0444, dir, &vssd_request_ops, vssd) ||
 	    !proc_create_data("evicted", 0444, dir, &vssd_evicted_ops, vssd) ||
 	    !proc_create_data("hints", 0600, dir, &vssd_hints_ops, vssd) ||
-	    !proc_create_data("pull", 0200, dir, &vssd_pull_ops, vssd)) {
+	    !proc_create_data("pull", 0200, dir, &vssd_pull_ops, vssd) ||
+	    !proc_create_data("estimate", 0200, dir, &vssd_estimate_ops, vssd)) {
 		proc_remove(dir);
 		return -ENOMEM;
 	}

@@ -226,6 +226,7 @@ int vssd_begin_session(struct vssd *vssd)
 	vssd->declined = false;
 	mutex_lock(&vssd->pull_lock);
 	vssd->verdict = (struct vssd_verdict) {};
+	vssd->report.due = vssd->report.known;
 	mutex_unlock(&vssd->pull_lock);
 	vssd->resynced = jiffies - HZ;
 	set_bit(VSSD_F_RESYNC, &vssd->flags);
@@ -416,6 +417,26 @@ static void vssd_fail_pull(struct vssd *vssd, int err)
 	wake_up_all(&vssd->pull_wait);
 }
 
+static int vssd_send_report(struct vssd *vssd)
+{
+	struct vssd_report report;
+	struct vssd_news news;
+	int err;
+
+	mutex_lock(&vssd->pull_lock);
+	report = vssd->report;
+	vssd->report.due = false;
+	mutex_unlock(&vssd->pull_lock);
+	if (!report.due)
+		return 0;
+
+	err = vssd_chan_report(vssd, &report, &news);
+	if (!err)
+		vssd_adopt(vssd, &news);
+	/* Nobody waits for it; a newer one follows, and a new session is told again. */
+	return err == -ETXTBSY || err == -EINVAL || err == -EOPNOTSUPP ? 0 : err;
+}
+
 static int vssd_round(struct vssd *vssd)
 {
 	int rc;
@@ -429,6 +450,8 @@ static int vssd_round(struct vssd *vssd)
 	rc = vssd_hear_news(vssd);
 	if (!rc)
 		rc = vssd_send_pull(vssd);
+	if (!rc)
+		rc = vssd_send_report(vssd);
 	if (!rc && test_and_clear_bit(VSSD_F_POLL_DUE, &vssd->flags))
 		rc = vssd_poll(vssd);
 	if (!rc && test_bit(VSSD_F_RESYNC, &vssd->flags)) {
