@@ -22,6 +22,7 @@ use vssd_backend::device::{DeviceEvent, FrontendError, FrontendStatus, Frontends
 use vssd_fuzz::{event, medium, open, setup, vssd};
 use vssd_pool::store::Store;
 use vssd_pool::{Vssd, VssdId};
+use vssd_protocol::letter::Notice;
 use vssd_protocol::units::ByteOffset;
 
 /// Front-ends that nobody connects to.
@@ -45,6 +46,7 @@ impl Frontends for Nobody {
     }
 
     fn set_capacity(&mut self, _: VssdId, _: ByteOffset) {}
+    fn set_notice(&mut self, _: VssdId, _: Notice) {}
 
     fn status(&self, device: VssdId) -> FrontendStatus {
         self.1.lock().unwrap().get(&device.0).cloned().unwrap_or_default()

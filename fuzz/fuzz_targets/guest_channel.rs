@@ -21,15 +21,6 @@ use vssd_protocol::units::BlockSize;
 
 const TOTAL: u32 = 16;
 const MIN: u32 = 2;
-const KINDS: [RequestType; 7] = [
-    RequestType::Hello,
-    RequestType::State,
-    RequestType::Wait,
-    RequestType::Unplug,
-    RequestType::Plug,
-    RequestType::Decline,
-    RequestType::Pull,
-];
 
 struct World {
     machine: Negotiation,
@@ -62,7 +53,7 @@ impl World {
                 Effect::TryGrant { requested } => granted = Some(requested),
                 Effect::StoreRequested { blocks } => assert!((MIN..=TOTAL).contains(&blocks)),
                 Effect::SetCapacity { blocks } => assert!(blocks <= TOTAL),
-                Effect::Job(_) | Effect::Emit(_) => {}
+                Effect::NoteEstimate(_) | Effect::Job(_) | Effect::Emit(_) => {}
             }
         }
         if let Some(requested) = granted {
@@ -149,7 +140,7 @@ fuzz_target!(|data: &[u8]| {
                 }
             }
             choice => {
-                let kind = KINDS[usize::from(choice % 7)];
+                let kind = RequestType::ALL[usize::from(choice) % RequestType::ALL.len()];
                 let len = usize::from(input.u8());
                 let mut body = input.bytes(len).to_vec();
                 // Most requests carry the session's epoch, or nothing would ever be carried out.
@@ -185,7 +176,7 @@ fuzz_target!(|data: &[u8]| {
     }
     assert!(world.owed.is_empty(), "a request was never answered");
 
-    for kind in KINDS {
+    for kind in RequestType::ALL {
         if let Ok(mut response) = Response::decode(kind, data) {
             if let ResponseBody::Hello(hello) = &mut response.body {
                 // Names are made printable, and cut.

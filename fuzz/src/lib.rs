@@ -14,7 +14,7 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vssd_backend::device::{DeviceEvent, OwnerHandle, serial};
 use vssd_backend::vhost_user::memory::{GuestMemory, RegionSpec};
-use vssd_backend::vhost_user::queue::DeviceContext;
+use vssd_backend::vhost_user::queue::{DeviceContext, NoticeCell};
 use vssd_pool::sigbus::Alarm;
 use vssd_pool::store::{MemStore, Store};
 use vssd_pool::{BlockSize, CreateOptions, MediumKind, OpenOptions, Pool, VssdAttrs, VssdSpec};
@@ -106,7 +106,15 @@ pub fn device(vssd: Arc<vssd_pool::Vssd>) -> (Arc<DeviceContext>, mpsc::Receiver
     let mut id = [0; 20];
     let text = serial(vssd.name());
     id[..text.len()].copy_from_slice(text.as_bytes());
-    let device = DeviceContext { id: vssd.id(), vssd, serial: id, owner, errors: Default::default() };
+    let device = DeviceContext {
+        id: vssd.id(),
+        vssd,
+        serial: id,
+        logical_block: 512,
+        notice: NoticeCell::default(),
+        owner,
+        errors: Default::default(),
+    };
     (Arc::new(device), events)
 }
 

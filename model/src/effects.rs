@@ -59,7 +59,7 @@ impl World {
             }
             Effect::SetCapacity { blocks } => self.capacity = blocks,
             Effect::Job(view) => self.job_changed(&view),
-            Effect::Emit(_) => {}
+            Effect::NoteEstimate(_) | Effect::Emit(_) => {}
         }
         None
     }

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Deserialize;
+use vssd_protocol::guest::MAX_RANGES;
 use vssd_protocol::units::ByteCount;
 
 /// Queues that a front-end may use on one vSSD.
@@ -136,6 +137,9 @@ pub struct ServeArgs {
     /// How long a thread may look for work before it sleeps, in microseconds; adapts to the load, 0 means never
     #[arg(long, value_name = "MICROSECONDS")]
     pub poll_us: Option<u16>,
+    /// Ranges of blocks that a guest may put into one message; fewer only to measure what small messages cost
+    #[arg(long, value_name = "N", default_value_t = MAX_RANGES, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_RANGES)))]
+    pub max_ranges: u32,
     /// Give up what the daemon does not need once it serves; off for debuggers [default: on]
     #[arg(long, value_enum, value_name = "ON|OFF")]
     pub sandbox: Option<Switch>,
@@ -239,6 +243,7 @@ pub struct Config {
     pub workers: usize,
     pub queues: u16,
     pub polling: Duration,
+    pub max_ranges: u32,
     pub read_only: bool,
     pub sandbox: bool,
     pub log_format: LogFormat,
@@ -319,6 +324,7 @@ impl ServeArgs {
             polling: Duration::from_micros(
                 self.poll_us.or(file.server.poll_us).unwrap_or(DEFAULT_POLL_US).into(),
             ),
+            max_ranges: self.max_ranges,
             read_only: self.read_only || file.pool.read_only,
             sandbox: self.sandbox.or(file.server.sandbox).unwrap_or_default() == Switch::On,
             log_format: self.log_format.or(file.log.format).unwrap_or_default(),
@@ -361,6 +367,16 @@ mod tests {
         assert!(resolve(&["--blk-file=/f"]).is_err());
         assert!(resolve(&["--socket-path=/s", "--fd=3", "--blk-file=/f"]).is_err(), "mutually exclusive");
         assert!(resolve(&[]).is_err());
+    }
+
+    #[test]
+    fn messages_have_between_one_range_and_what_the_codec_takes() {
+        let with =
+            |ranges: u32| resolve(&["--pool=/a", "--runtime-dir=/r", &format!("--max-ranges={ranges}")]);
+        assert_eq!(resolve(&["--pool=/a", "--runtime-dir=/r"]).unwrap().max_ranges, MAX_RANGES);
+        assert_eq!(with(1).unwrap().max_ranges, 1);
+        assert_eq!(with(MAX_RANGES).unwrap().max_ranges, MAX_RANGES);
+        assert!(with(0).is_err() && with(MAX_RANGES + 1).is_err());
     }
 
     #[test]

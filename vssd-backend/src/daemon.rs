@@ -78,7 +78,8 @@ pub fn run(config: &Config) -> Result<()> {
         shutdown,
         refusals,
     })
-    .context("cannot start serving")?;
+    .context("cannot start serving")?
+    .with_max_ranges(config.max_ranges);
     sandbox.close().context(CANNOT_CONFINE)?;
     let ended = server.run().context("the control loop failed");
 

@@ -70,6 +70,7 @@ impl Jobs {
         let until = view.ended_ms.unwrap_or_else(|| clock.now_ms());
         Some(JobInfo {
             id,
+            kind: view.kind,
             device: device.clone(),
             state: view.state,
             from_bytes: block_size.bytes_of(view.from),
@@ -93,7 +94,7 @@ impl Jobs {
 
 #[cfg(test)]
 mod tests {
-    use vssd_protocol::control::JobState;
+    use vssd_protocol::control::{JobKind, JobState};
 
     use super::*;
     use crate::control::negotiation::Actor;
@@ -101,6 +102,7 @@ mod tests {
     fn view(id: u64, state: JobState) -> JobView {
         JobView {
             id,
+            kind: JobKind::Resize,
             state,
             from: 4,
             target: 2,

@@ -9,6 +9,7 @@
 //! ```
 //!
 //! * [`negotiation`] decides about one vSSD's size; it knows nothing of what is here.
+//! * [`reclaim`] decides about what is wished of a guest that cannot negotiate; likewise.
 //! * `verbs` knows the methods and their parameters, not who sends them.
 //! * `session` knows one client's bytes, not what they mean.
 //! * [`server`] alone knows sockets and waits.
@@ -18,6 +19,7 @@ pub mod events;
 pub mod fault;
 pub mod jobs;
 pub mod negotiation;
+pub mod reclaim;
 pub mod server;
 mod session;
 #[cfg(test)]

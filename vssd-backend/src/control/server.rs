@@ -104,6 +104,13 @@ pub struct Server {
 }
 
 impl Server {
+    /// Lets no message of a guest carry more ranges. Before [`Server::run`]: it is constant within a session.
+    #[must_use]
+    pub fn with_max_ranges(mut self, max_ranges: u32) -> Self {
+        self.owner.set_max_ranges(max_ranges);
+        self
+    }
+
     /// Begins to serve every vSSD of the pool.
     pub fn new(options: ServerOptions) -> Result<Self, ServerError> {
         let ServerOptions { pool, frontends, events, wake, control, monitor, shutdown, refusals } = options;

@@ -17,7 +17,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use vssd_pool::{CreateOptions, MediumKind, MediumSpec, OpenOptions, Pool, Vssd, VssdId};
 use vssd_protocol::control::ErrorCode;
-use vssd_protocol::guest::{Request, Response, min_response_len};
+use vssd_protocol::guest::{MAX_RANGES, Request, Response, min_response_len};
+use vssd_protocol::letter::Notice;
 use vssd_protocol::units::ByteOffset;
 
 use super::server::{Server, ServerError, ServerOptions};
@@ -81,6 +82,8 @@ impl Frontends for FakeFrontends {
         self.recorded.lock().unwrap().asked.push(Asked::Close(device.0));
         true
     }
+
+    fn set_notice(&mut self, _: VssdId, _: Notice) {}
 
     fn set_capacity(&mut self, device: VssdId, capacity: ByteOffset) {
         self.recorded.lock().unwrap().asked.push(Asked::Capacity(device.0, capacity.0));
@@ -148,6 +151,10 @@ impl Daemon {
     }
 
     pub(crate) fn over(pool: Arc<Pool>, disks: &Disks) -> Self {
+        Self::with_max_ranges(pool, disks, MAX_RANGES)
+    }
+
+    pub(crate) fn with_max_ranges(pool: Arc<Pool>, disks: &Disks, max_ranges: u32) -> Self {
         let (control, monitor) = (disks.path("control.sock"), disks.path("monitor.sock"));
         let listen = |path: &Path| {
             let _ = std::fs::remove_file(path);
@@ -168,7 +175,8 @@ impl Daemon {
             shutdown: shutdown.try_clone().unwrap(),
             refusals: None,
         })
-        .unwrap();
+        .unwrap()
+        .with_max_ranges(max_ranges);
         let (sender, receiver) = mpsc::channel();
         let thread = std::thread::spawn(move || {
             sender.send(rustix::thread::gettid()).unwrap();

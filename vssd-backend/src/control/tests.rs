@@ -447,6 +447,29 @@ fn guest_is_asked_gives_blocks_of_its_choice_and_the_job_is_done() {
 }
 
 /// protocol.md: V-18.
+/// protocol.md: V-1, V-17.
+#[test]
+fn driver_is_told_how_many_ranges_a_message_may_have_and_one_with_more_changes_nothing() {
+    let disks = Disks::new(64);
+    let daemon = Daemon::with_max_ranges(disks.open(), &disks, 2);
+    let id = daemon.create("vm1", 4 * MIB, 8 * MIB);
+    let mut guest = Guest::boot(&daemon, id);
+    let hello = guest.call(Request::Hello { version: 1, features: 0, driver: "test".into() });
+    let ResponseBody::Hello(hello) = hello.body else { panic!("{hello:?}") };
+    assert_eq!(hello.max_ranges, 2);
+    let unplug = |blocks: u32| Request::Unplug {
+        epoch: hello.epoch,
+        ranges: (0..blocks).map(|block| BlockRange::new(block, 1)).collect(),
+    };
+
+    let too_long = guest.send(unplug(3));
+    assert!(guest.answer(too_long).is_none(), "IOERR");
+    let given = guest.call(unplug(2));
+
+    assert_eq!(given.body, ResponseBody::Ranges(vec![RangeStatus::Ok; 2]));
+    assert_eq!(given.sizes.plugged_blocks, 62, "only those of the message that was answered");
+}
+
 #[test]
 fn state_lists_what_is_plugged_as_far_as_the_buffer_goes() {
     let disks = Disks::new(64);

@@ -169,6 +169,11 @@ fn dispatch(owner: &mut Owner, door: Door, actor: Actor, call: Call) -> Result<O
             success(&id, &json!({}))
         }
         method::DEVICE_RESIZE => success(&id, &owner.resize(&read(params)?, actor)?),
+        method::DEVICE_ESTIMATE => {
+            let NameParams { name } = read(params)?;
+            success(&id, &owner.estimate(&name)?)
+        }
+        method::DEVICE_RECLAIM => success(&id, &owner.wish_reclaim(&read(params)?, actor)?),
         method::DEVICE_LIMITS => success(&id, &owner.limits(&read(params)?, actor)?),
         method::JOB_LIST => {
             nothing(params)?;
@@ -225,6 +230,7 @@ fn is_known(method: &str) -> bool {
                 | method::DEVICE_DELETE
                 | method::DEVICE_RESIZE
                 | method::DEVICE_LIMITS
+                | method::DEVICE_RECLAIM
                 | method::JOB_CANCEL
         )
 }

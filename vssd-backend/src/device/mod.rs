@@ -15,6 +15,7 @@ use std::sync::{Arc, mpsc};
 
 use vssd_pool::{Vssd, VssdId};
 use vssd_protocol::guest;
+use vssd_protocol::letter::{Notice, Report};
 use vssd_protocol::units::ByteOffset;
 
 pub mod config_space;
@@ -97,6 +98,11 @@ pub enum DeviceEvent {
         queue: u16,
         fresh: bool,
     },
+    /// An agent wrote through a driver that knows nothing of vSSDs.
+    Report {
+        device: VssdId,
+        report: Report,
+    },
     /// A queue is about to stop and takes no new requests: parked WAITs are to be answered now. `done` is signalled
     /// once none of the device's requests is parked any more.
     Quiesce {
@@ -154,6 +160,8 @@ pub trait Frontends: Send {
     fn is_closed(&mut self, device: VssdId) -> bool;
     /// Publishes another capacity and tells the front-end (config-change message). Coalescing is the callee's work.
     fn set_capacity(&mut self, device: VssdId, capacity: ByteOffset);
+    /// What an agent is told that asks through a driver that knows nothing of vSSDs.
+    fn set_notice(&mut self, device: VssdId, notice: Notice);
     fn status(&self, device: VssdId) -> FrontendStatus;
 }
 

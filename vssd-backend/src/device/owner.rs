@@ -26,7 +26,9 @@ use serde_json::{Value, json};
 use tracing::{debug, error, info, warn};
 use vssd_pool::turns::Pace;
 use vssd_pool::{Pool, Vssd, VssdAttrs, VssdId};
+use vssd_protocol::control::DriverKind;
 use vssd_protocol::guest::{self, RequestType, Response, ResponseBody};
+use vssd_protocol::letter::Report;
 use vssd_protocol::units::{BlockRange, ByteOffset};
 
 use super::{DeviceEvent, FrontendError, Frontends, GuestCall, Reply};
@@ -36,6 +38,7 @@ use crate::control::jobs::Jobs;
 use crate::control::negotiation::{
     Actor, Counts, Effect, Event, Negotiation, News, OpId, Outcome, Pick, ReplyId, Resize, Setup,
 };
+use crate::control::reclaim::{Reclaim, Seen};
 
 mod alarm;
 mod operator;
@@ -71,6 +74,10 @@ struct Owed {
 struct Device {
     vssd: Arc<Vssd>,
     negotiation: Negotiation,
+    /// Of a guest that cannot negotiate.
+    reclaim: Reclaim,
+    /// How much the guest last said it could give, and when.
+    estimate: Option<(u64, guest::Estimate)>,
     owed: HashMap<ReplyId, Owed>,
     /// It is being deleted: nothing new begins.
     closing: bool,
@@ -98,6 +105,8 @@ pub struct Owner {
     /// Capacities to be published once the events at hand are done with.
     capacities: BTreeSet<VssdId>,
     next_reply: u64,
+    /// Of one message of a guest.
+    max_ranges: u32,
     /// Epochs of sessions: a guest must not be able to guess another's.
     epochs: StdRng,
     jobs: Jobs,
@@ -135,6 +144,7 @@ impl Owner {
             done_wake: Arc::new(wake),
             capacities: BTreeSet::new(),
             next_reply: 0,
+            max_ranges: guest::MAX_RANGES,
             epochs,
             jobs: Jobs::default(),
             log: EventLog::default(),
@@ -148,6 +158,14 @@ impl Owner {
         }
         owner.alarm.soon(0);
         Ok(owner)
+    }
+
+    /// What a message may carry in sessions that begin from now on.
+    pub fn set_max_ranges(&mut self, max_ranges: u32) {
+        self.max_ranges = max_ranges;
+        for device in self.devices.values_mut() {
+            device.negotiation.set_max_ranges(max_ranges);
+        }
     }
 
     /// Readable while pool operations have ended that [`Owner::run`] has not seen.
@@ -177,7 +195,10 @@ impl Owner {
 
     /// When [`Owner::run`] has something to do at the latest, whatever else happens.
     pub fn wake_at(&self) -> Option<u64> {
-        let devices = self.devices.values().filter_map(|device| device.negotiation.wake_at()).min();
+        let wake_at = |device: &Device| {
+            [device.negotiation.wake_at(), device.reclaim.wake_at()].into_iter().flatten().min()
+        };
+        let devices = self.devices.values().filter_map(wake_at).min();
         [devices, self.alarm.due()].into_iter().flatten().min()
     }
 
@@ -229,13 +250,18 @@ impl Owner {
             counts,
             policy: stored.policy,
         };
-        let negotiation = Negotiation::new(setup);
+        let mut negotiation = Negotiation::new(setup);
+        negotiation.set_max_ranges(self.max_ranges);
         let capacity = ByteOffset(vssd.block_size().bytes_of(negotiation.capacity()));
         self.frontends.open(&vssd, capacity)?;
         let unix_now = self.clock.unix_ms(self.clock.now_ms());
         let deadline = stored.deadline.map(|deadline| (deadline.left_ms(unix_now), deadline.on_timeout));
         let resumed = negotiation.plan_resumed(deadline);
-        self.devices.insert(id, Device { vssd, negotiation, owed: HashMap::new(), closing: false });
+        let mut reclaim = Reclaim::new(vssd.block_size(), stored.soft.filter(|soft| *soft < total));
+        reclaim.set_holes(counts.has_holes());
+        self.frontends.set_notice(id, reclaim.notice());
+        let owed = HashMap::new();
+        self.devices.insert(id, Device { vssd, negotiation, reclaim, estimate: None, owed, closing: false });
         if let Some(plan) = resumed {
             let job = self.jobs.next_id();
             let actor = Actor {
@@ -262,6 +288,10 @@ impl Owner {
                 self.alarm.soon(now);
             }
             DeviceEvent::Disconnected { device, reason } => {
+                if let Some(device) = self.devices.get_mut(&device) {
+                    device.estimate = None;
+                    device.reclaim.forget_agent();
+                }
                 let data = reason.map_or(Value::Null, |reason| json!({ "reason": reason }));
                 self.emit(device, "device.disconnected", None, data);
                 self.apply(device, Event::Disconnected);
@@ -269,6 +299,7 @@ impl Owner {
             DeviceEvent::QueueStarted { device, queue, fresh } => {
                 self.apply(device, Event::QueueStarted { queue, fresh });
             }
+            DeviceEvent::Report { device, report } => self.report(device, report),
             DeviceEvent::Quiesce { device, done } => {
                 self.apply(device, Event::Quiesce);
                 // Whoever waited may have given up.
@@ -282,6 +313,12 @@ impl Owner {
         let Some(device) = self.devices.get_mut(&id) else {
             return; // the reply answers itself
         };
+        // The codec refuses only what no device takes.
+        if let guest::Request::Unplug { ranges, .. } | guest::Request::Plug { ranges, .. } = &request
+            && ranges.len() > self.max_ranges as usize
+        {
+            return; // V-1: unsent, the reply says IOERR
+        }
         if device.closing {
             let busy = Response::plain(guest::RequestResult::Busy, guest::Sizes::default());
             reply.send(busy.encode(request.kind()));
@@ -329,6 +366,12 @@ impl Owner {
         for id in due {
             self.apply(id, Event::Tick);
         }
+        let is_due = |device: &Device| device.reclaim.wake_at().is_some_and(|at| at <= now);
+        let due: Vec<VssdId> =
+            self.devices.iter().filter(|(_, device)| is_due(device)).map(|(id, _)| *id).collect();
+        for id in due {
+            self.reclaim(id, Reclaim::look);
+        }
         if self.alarm.due().is_some_and(|at| at <= now) {
             let connected = self.devices.keys().any(|id| self.frontends.status(*id).connected);
             for (event, data) in self.alarm.check(&self.pool.info(), now, connected) {
@@ -348,6 +391,47 @@ impl Owner {
                     events.push_back(follow_up);
                 }
             }
+        }
+        let Some(device) = self.devices.get(&id) else { return };
+        let has_holes = device.negotiation.counts().has_holes();
+        if device.reclaim.notice().has_holes != has_holes {
+            self.reclaim(id, |reclaim, _| {
+                reclaim.set_holes(has_holes);
+                Vec::new()
+            });
+        }
+    }
+
+    /// An agent wrote through a stock driver. One that has ours speaks through it; what it wrote before says nothing any more.
+    fn report(&mut self, id: VssdId, report: Report) {
+        let now = self.clock.now_ms();
+        let Some(device) = self.devices.get_mut(&id).filter(|device| !device.closing) else { return };
+        if device.negotiation.driver_kind() == DriverKind::Vssd {
+            return;
+        }
+        let total = u64::from(device.vssd.total_blocks());
+        let guest::Estimate { free, clean_cold, clean_hot, .. } = report.estimate();
+        if [report.held, free, clean_cold, clean_hot].into_iter().map(u64::from).sum::<u64>() > total {
+            debug!(device = device.vssd.name(), ?report, "an agent speaks of more than there is");
+            return;
+        }
+        device.estimate = Some((now, report.estimate()));
+        self.reclaim(id, |reclaim, seen| reclaim.report(report, seen));
+    }
+
+    /// Feeds what is wished of a guest that cannot negotiate, and carries out what it says.
+    fn reclaim(&mut self, id: VssdId, step: impl FnOnce(&mut Reclaim, Seen) -> Vec<Effect>) {
+        let now = self.clock.now_ms();
+        let Some(device) = self.devices.get_mut(&id) else { return };
+        let (allocated, total) = (device.vssd.allocated_blocks(), device.vssd.total_blocks());
+        let before = device.reclaim.notice();
+        let effects = step(&mut device.reclaim, Seen { allocated, total, now });
+        let notice = device.reclaim.notice();
+        if notice != before {
+            self.frontends.set_notice(id, notice);
+        }
+        for effect in effects {
+            self.perform(id, effect, now);
         }
     }
 
@@ -404,6 +488,7 @@ impl Owner {
             Effect::SetCapacity { .. } => {
                 self.capacities.insert(id);
             }
+            Effect::NoteEstimate(estimate) => device.estimate = Some((now, estimate)),
             Effect::Job(view) => {
                 let (name, size) = (vssd.name().to_owned(), vssd.block_size());
                 // A guest can cause many of the steps in between.
@@ -471,7 +556,8 @@ impl Owner {
     fn store_requested(&self, id: VssdId, blocks: u32, deadline: Option<Deadline>) -> vssd_pool::Result<()> {
         let Some(device) = self.devices.get(&id) else { return Ok(()) };
         let mut attrs = VssdAttrs { requested_blocks: blocks, ..device.vssd.attrs() };
-        match (Stored { policy: device.negotiation.policy(), deadline }).encode() {
+        let stored = Stored { policy: device.negotiation.policy(), deadline, soft: device.reclaim.soft() };
+        match stored.encode() {
             Ok(text) => attrs.policy = text,
             Err(error) => error!(device = device.vssd.name(), %error, "cannot encode a policy"),
         }

@@ -221,7 +221,7 @@ mod tests {
     #[test]
     fn types_that_are_not_offered_are_unsupported() {
         let read_only = Limits { read_only: true, discard: false, write_zeroes: false, ..LIMITS };
-        for kind in [2, 3, 5, 10, 12, 14, 0x8000_0000, 0xffff_ffff, 0x5653_0000, 0x5653_0008] {
+        for kind in [2, 3, 5, 10, 12, 14, 0x8000_0000, 0xffff_ffff, 0x5653_0000, 0x5653_0009] {
             assert_eq!(parse(header(kind, 0), 0, 0, &LIMITS), Err(Reject::Unsupported(kind)));
         }
         assert_eq!(parse(header(T_DISCARD, 0), 16, 0, &read_only), Err(Reject::Unsupported(T_DISCARD)));

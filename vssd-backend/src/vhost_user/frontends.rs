@@ -20,9 +20,10 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use tracing::{error, info, warn};
 use vssd_pool::{Vssd, VssdId};
+use vssd_protocol::letter::Notice;
 use vssd_protocol::units::ByteOffset;
 
-use super::queue::DeviceContext;
+use super::queue::{DeviceContext, NoticeCell};
 use super::seat::Shared;
 use super::session::{self, SessionContext};
 use super::worker::WorkerHandle;
@@ -189,6 +190,8 @@ impl Frontends for VhostUserFrontends {
                 id: vssd.id(),
                 vssd: Arc::clone(vssd),
                 serial: id,
+                logical_block: self.options.logical_block_size.into(),
+                notice: NoticeCell::default(),
                 owner: self.owner.clone(),
                 errors: AtomicU64::new(0),
             }),
@@ -244,6 +247,12 @@ impl Frontends for VhostUserFrontends {
             && server.shared.capacity.swap(capacity.0, Ordering::AcqRel) != capacity.0
         {
             server.shared.notify_config_change();
+        }
+    }
+
+    fn set_notice(&mut self, device: VssdId, notice: Notice) {
+        if let Some(server) = self.servers.get(&device) {
+            server.device.notice.set(notice);
         }
     }
 

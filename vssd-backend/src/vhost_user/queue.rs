@@ -14,18 +14,20 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use tracing::debug;
 use vssd_pool::sabotage::{Sabotage, active};
 use vssd_pool::{IoError, Lane, Submitted, Vssd, VssdId};
 use vssd_protocol::guest::{self, RequestType};
+use vssd_protocol::letter::{Letter, Mailbox, Notice};
 
 use super::chain::{self, Segments};
 use super::dirty_log::QueueLog;
 use super::memory::GuestMemory;
 use super::ring::{Ring, RingError};
 use crate::device::execute::{self, Io, S_IOERR, S_OK};
-use crate::device::request::{self, ID_LEN, Limits, Operation, Reject, SEGMENT_LEN};
+use crate::device::request::{self, Extent, ID_LEN, Limits, Operation, Reject, SEGMENT_LEN};
 use crate::device::{DeviceEvent, GuestCall, OwnerHandle, Reply, ReplySink};
 
 /// What one queue may do before others get their turn.
@@ -44,6 +46,8 @@ const MOST_PENDING: u32 = 128;
 const MOST_PENDING_BYTES: u64 = 4 << 20;
 /// Guest-channel requests that wait for the owner. A driver sends one after the other, and keeps a WAIT.
 const MOST_CALLS: usize = 64;
+/// A GET_ID that follows a letter so soon is its writer's.
+const ANSWER: Duration = Duration::from_secs(2);
 
 impl Turn {
     const WHOLE: Self = Self { chains: 128, bytes: 2 << 20 };
@@ -60,9 +64,32 @@ pub struct DeviceContext {
     pub vssd: Arc<Vssd>,
     /// Padded with NUL.
     pub serial: [u8; ID_LEN],
+    /// Bytes of a logical block.
+    pub logical_block: u64,
+    /// What an agent hears that asks by a letter.
+    pub notice: NoticeCell,
     pub owner: OwnerHandle,
     /// Requests that were refused or failed, but for those that met unplugged blocks.
     pub errors: AtomicU64,
+}
+
+/// A notice that the owner changes and workers read.
+#[derive(Debug, Default)]
+pub struct NoticeCell(AtomicU64);
+
+impl NoticeCell {
+    pub fn set(&self, notice: Notice) {
+        let Notice { seq, block_shift, has_holes, soft_blocks } = notice;
+        let flags = u64::from(soft_blocks.is_some()) << 48 | u64::from(has_holes) << 56;
+        let head = u64::from(seq) << 32 | u64::from(block_shift) << 40 | flags;
+        self.0.store(head | u64::from(soft_blocks.unwrap_or(0)), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Notice {
+        let [holes, wish, block_shift, seq, soft @ ..] = self.0.load(Ordering::Relaxed).to_be_bytes();
+        let soft_blocks = (wish != 0).then_some(u32::from_be_bytes(soft));
+        Notice { seq, block_shift, has_holes: holes != 0, soft_blocks }
+    }
 }
 
 impl DeviceContext {
@@ -137,6 +164,10 @@ pub struct ActiveQueue {
     turn: Turn,
     /// Whether the driver broke the ring; taken up again at the next kick.
     broken: bool,
+    /// Letters of an agent that uses a driver which knows nothing of vSSDs.
+    mailbox: Mailbox,
+    /// When a letter came that no GET_ID has followed yet.
+    letter_at: Option<Instant>,
     /// When its worker gave it a turn last, in the worker's count of turns.
     pub last_turn: u64,
 }
@@ -189,6 +220,8 @@ impl ActiveQueue {
             stop: None,
             turn: Turn::WHOLE,
             broken: false,
+            mailbox: Mailbox::default(),
+            letter_at: None,
             last_turn: 0,
         }
     }
@@ -384,7 +417,12 @@ impl ActiveQueue {
         }
         let (readable, writable) = (self.segments.readable_len, self.segments.writable_len);
         let io = match request::parse(header, readable, writable, &self.limits)? {
-            Operation::Read(extent) => Io::Read(extent),
+            Operation::Read(extent) => {
+                if extent.len == self.device.logical_block {
+                    self.read_letter(extent);
+                }
+                Io::Read(extent)
+            }
             Operation::Write(extent) => Io::Write(extent),
             Operation::Flush => Io::Flush,
             Operation::Discard => Io::Discard(request::parse_discard(self.segment()?, &self.limits)?),
@@ -393,8 +431,10 @@ impl ActiveQueue {
                 Io::WriteZeroes(extent, unmap)
             }
             Operation::GetId => {
+                let answers_letter = self.letter_at.take().is_some_and(|at| at.elapsed() < ANSWER);
+                let id = if answers_letter { self.device.notice.get().encode() } else { self.device.serial };
                 // SAFETY: as above.
-                let written = unsafe { Segments::write(&self.segments.writable, &self.device.serial) };
+                let written = unsafe { Segments::write(&self.segments.writable, &id) };
                 self.answer(head, place, S_OK, u32::try_from(written).unwrap_or(0));
                 return Ok(());
             }
@@ -412,6 +452,15 @@ impl ActiveQueue {
             Submitted::Pending => self.occupy(head, Slot { place, data_len, moved, busy: true }),
         }
         Ok(())
+    }
+
+    /// A single logical block is read: it may be a piece of a letter.
+    fn read_letter(&mut self, extent: Extent) {
+        let Some(letter) = self.mailbox.take(extent.offset.0 / extent.len) else { return };
+        self.letter_at = Some(Instant::now());
+        if let Letter::Report(report) = letter {
+            self.device.owner.send(DeviceEvent::Report { device: self.device.id, report });
+        }
     }
 
     /// Copies the one segment of a discard or write-zeroes. `parse` made sure of its length.

@@ -3,7 +3,7 @@
 //! The job: one operator's resize, from `created` to one of its final states.
 
 use serde_json::{Value, json};
-use vssd_protocol::control::{ErrorCode, JobState, OnTimeout};
+use vssd_protocol::control::{ErrorCode, JobKind, JobState, OnTimeout};
 use vssd_protocol::guest::{DeclineReason, Reason};
 use vssd_protocol::units::ByteCount;
 
@@ -39,6 +39,7 @@ enum Way {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobView {
     pub id: u64,
+    pub kind: JobKind,
     pub state: JobState,
     pub from: u32,
     pub target: u32,
@@ -116,6 +117,7 @@ impl Job {
     fn view(&self, plugged: u32) -> JobView {
         JobView {
             id: self.id,
+            kind: JobKind::Resize,
             state: self.state,
             from: self.from,
             target: self.target,

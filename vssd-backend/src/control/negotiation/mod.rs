@@ -98,6 +98,13 @@ pub struct Counts {
     pub end: u32,
 }
 
+impl Counts {
+    /// Whether blocks below the end are unplugged.
+    pub fn has_holes(self) -> bool {
+        self.plugged < self.end
+    }
+}
+
 /// A resize that [`Negotiation::plan`] has accepted and whose promise the pool has made durable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resize {
@@ -217,6 +224,8 @@ pub enum Effect {
     SetCapacity {
         blocks: u32,
     },
+    /// The guest said how much it could give.
+    NoteEstimate(guest::Estimate),
     Job(JobView),
     Emit(News),
 }
@@ -259,14 +268,14 @@ enum OpBy {
 
 /// Keeps a guest from flooding the operators' event log.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-struct Quiet {
+pub(super) struct Quiet {
     until_ms: u64,
     dropped: u64,
 }
 
 impl Quiet {
     /// `Some(dropped before)` if an event may be told now.
-    fn admit(&mut self, now: u64) -> Option<u64> {
+    pub(super) fn admit(&mut self, now: u64) -> Option<u64> {
         if now < self.until_ms {
             self.dropped += 1;
             return None;
@@ -287,6 +296,8 @@ pub struct Negotiation {
     counts: Counts,
     reason: Reason,
     policy: Policy,
+    /// Of one message of the guest, as its driver is told at HELLO.
+    max_ranges: u32,
     driver: Driver,
     /// The last driver that was heard of spoke the guest channel, so its guest copes with holes.
     last_was_vssd: bool,
@@ -318,6 +329,7 @@ impl Negotiation {
             counts,
             reason: if requested == counts.plugged { Reason::None } else { Reason::Operator },
             policy,
+            max_ranges: guest::MAX_RANGES,
             driver: Driver::Detached,
             last_was_vssd: false,
             driver_name: None,
@@ -333,6 +345,11 @@ impl Negotiation {
             driver_quiet: Quiet::default(),
             told_driver: (DriverKind::None, None),
         }
+    }
+
+    /// What sessions are told that begin from now on.
+    pub fn set_max_ranges(&mut self, max_ranges: u32) {
+        self.max_ranges = max_ranges;
     }
 
     /// Takes note of `event` at `now` (milliseconds of a clock that never goes back) and says what is to be done.

@@ -177,6 +177,7 @@ impl Negotiation {
                 self.decline(reply, seq, could_give, reason, now, fx);
             }
             Request::Pull { want_blocks, urgency, .. } => self.pull(reply, want_blocks, urgency, now, fx),
+            Request::Report { estimate, .. } => self.report(reply, estimate, fx),
         }
     }
 
@@ -217,7 +218,7 @@ impl Negotiation {
             block_size: u32::try_from(self.block_size.bytes()).unwrap_or(u32::MAX),
             total_blocks: self.total,
             min_blocks: self.min,
-            max_ranges: guest::MAX_RANGES,
+            max_ranges: self.max_ranges,
             name: self.name.clone(),
         };
         let result = if spoken { RequestResult::Ok } else { RequestResult::Version };
@@ -315,6 +316,18 @@ impl Negotiation {
         self.answer(reply, RequestResult::Ok, fx);
         if grant {
             fx.push(Effect::TryGrant { requested: wanted });
+        }
+    }
+
+    /// What the guest could give is for operators to know; nothing follows from it here.
+    fn report(&mut self, reply: ReplyId, estimate: guest::Estimate, fx: &mut Vec<Effect>) {
+        let guest::Estimate { free, clean_cold, clean_hot, dirty } = estimate;
+        let sum = [free, clean_cold, clean_hot, dirty].into_iter().map(u64::from).sum::<u64>();
+        if sum > self.total.into() {
+            self.answer(reply, RequestResult::Invalid, fx);
+        } else {
+            self.answer(reply, RequestResult::Ok, fx);
+            fx.push(Effect::NoteEstimate(estimate));
         }
     }
 

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use vssd_protocol::control::{OnTimeout, PullPolicy};
-use vssd_protocol::guest::{DeclineReason, Request, RequestResult, ResponseBody, Urgency};
+use vssd_protocol::guest::{DeclineReason, Estimate, Request, RequestResult, ResponseBody, Urgency};
 
 use super::*;
 
@@ -23,6 +23,7 @@ pub(super) struct Rig {
     pub(super) answers: BTreeMap<ReplyId, Response>,
     pub(super) jobs: BTreeMap<u64, JobView>,
     pub(super) events: Vec<News>,
+    pub(super) estimate: Option<Estimate>,
     pub(super) capacity: u32,
     pub(super) pool_fails: bool,
     pub(super) can_plug: u32,
@@ -60,6 +61,7 @@ impl Rig {
             answers: BTreeMap::new(),
             jobs: BTreeMap::new(),
             events: Vec::new(),
+            estimate: None,
             pool_fails: false,
             can_plug: 1000,
             grants: 1000,
@@ -93,6 +95,7 @@ impl Rig {
                     assert!(old.is_none_or(|v| !v.state.is_final()), "a job changed after its end");
                 }
                 Effect::Emit(news) => self.events.push(news),
+                Effect::NoteEstimate(estimate) => self.estimate = Some(estimate),
                 Effect::SetCapacity { blocks } => self.capacity = blocks,
                 Effect::StoreRequested { blocks } => self.durable_requested = blocks,
                 Effect::TryGrant { requested } => grants.push(requested.min(self.grants)),
@@ -1023,6 +1026,25 @@ fn pull_during_a_shrink_is_not_granted() {
     rig.resize_to(60);
     rig.send(Request::Pull { epoch, want_blocks: 50, urgency: Urgency::Wish });
     assert_eq!(rig.sizes(), (60, 100));
+}
+
+/// protocol.md: V-51.
+#[test]
+fn a_report_is_noted_and_one_of_more_than_there_is_is_not() {
+    let (mut rig, epoch) = Rig::vssd_guest(100);
+    let estimate = Estimate { free: 1, clean_cold: 2, clean_hot: 3, dirty: rig.n.total() - 6 };
+    let sizes = rig.sizes();
+    let fits = rig.send(Request::Report { epoch, estimate });
+    assert_eq!((rig.answers[&fits].result, rig.estimate.take()), (RequestResult::Ok, Some(estimate)));
+    for estimate in
+        [Estimate { free: 2, ..estimate }, Estimate { free: u32::MAX, dirty: u32::MAX, ..estimate }]
+    {
+        let more = rig.send(Request::Report { epoch, estimate });
+        assert_eq!((rig.answers[&more].result, rig.estimate), (RequestResult::Invalid, None));
+    }
+    let stale = rig.send(Request::Report { epoch: epoch ^ 1, estimate });
+    assert_eq!((rig.answers[&stale].result, rig.estimate), (RequestResult::Stale, None));
+    assert_eq!(rig.sizes(), sizes, "nothing follows from it");
 }
 
 #[test]

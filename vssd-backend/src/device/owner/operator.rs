@@ -6,9 +6,10 @@ use serde_json::json;
 use tracing::{error, info};
 use vssd_pool::{MediumKind, VssdAttrs, VssdId, VssdSpec, VssdStats};
 use vssd_protocol::control::{
-    Class, CreateParams, DeleteParams, DeviceInfo, DeviceState, DriverInfo, DriverKind, ErrorCode,
-    EvictedRanges, FrontendInfo, IoCounters, JobInfo, LimitsParams, MAX_EVICTED, MediumInfo, OnTimeout,
-    Policy, PoolStatus, ResizeAnswer, ResizeParams, is_valid_name,
+    AgentInfo, Class, CreateParams, DeleteParams, DeviceInfo, DeviceState, DriverInfo, DriverKind, ErrorCode,
+    EstimateAnswer, EvictedRanges, FrontendInfo, IoCounters, JobInfo, JobKind, LimitsParams, MAX_EVICTED,
+    MediumInfo, OnTimeout, Policy, PoolStatus, ReclaimAnswer, ReclaimParams, ResizeAnswer, ResizeParams,
+    is_valid_name,
 };
 use vssd_protocol::units::ByteCount;
 
@@ -16,6 +17,7 @@ use super::stored::{Deadline, Stored};
 use super::{Device, Event, Owner, alarm, pick};
 use crate::control::fault::Fault;
 use crate::control::negotiation::{Actor, Plan, Resize, Tail, Wish};
+use crate::control::reclaim::{DEADLINE_MS, Order, Reclaim};
 use crate::device::serial;
 
 type Answer<T> = Result<T, Fault>;
@@ -39,6 +41,83 @@ impl Owner {
         ranges.truncate(MAX_EVICTED);
         let block_size_bytes = device.vssd.block_size().bytes();
         Ok(EvictedRanges { name: name.to_owned(), block_size_bytes, ranges, next })
+    }
+
+    /// What the guest said last that it could give.
+    pub fn estimate(&self, name: &str) -> Answer<EstimateAnswer> {
+        let (_, device) = self.find(name)?;
+        let Some((at, estimate)) = device.estimate else {
+            let message = format!("nobody in the guest of vSSD {name} has said what it could give");
+            return Err(Fault::new(ErrorCode::NoDriver, message)
+                .hint("run vssd-agent in the guest; it tells every few seconds"));
+        };
+        let bytes = |blocks: u32| device.vssd.block_size().bytes_of(blocks);
+        let unwritten = device.negotiation.counts().plugged.saturating_sub(device.vssd.allocated_blocks());
+        Ok(EstimateAnswer {
+            name: name.to_owned(),
+            age_ms: self.clock.now_ms().saturating_sub(at),
+            free_bytes: bytes(estimate.free),
+            clean_cold_bytes: bytes(estimate.clean_cold),
+            clean_hot_bytes: bytes(estimate.clean_hot),
+            dirty_bytes: bytes(estimate.dirty),
+            unwritten_bytes: bytes(unwritten),
+        })
+    }
+
+    /// Asks the agent of a guest whose driver cannot give blocks up, or takes that back.
+    pub fn wish_reclaim(&mut self, params: &ReclaimParams, actor: Actor) -> Answer<ReclaimAnswer> {
+        let (id, device) = self.find(&params.name)?;
+        if device.negotiation.driver_kind() == DriverKind::Vssd && params.soft_bytes.is_some() {
+            let message = format!("the guest of vSSD {} has a driver that gives blocks up", params.name);
+            return Err(
+                Fault::new(ErrorCode::Conflict, message).hint("balloon-ctl shrink keeps what it gives")
+            );
+        }
+        let block_size = device.vssd.block_size();
+        let total_bytes = block_size.bytes_of(device.negotiation.total());
+        let soft = match params.soft_bytes {
+            None => None,
+            Some(bytes) => {
+                Some(block_size.blocks_for(bytes).filter(|_| bytes <= total_bytes).ok_or_else(|| {
+                    let message =
+                        format!("a soft size is at most the maximum size of {}", ByteCount(total_bytes));
+                    Fault::new(ErrorCode::AboveMax, message).detail(json!({ "max_bytes": total_bytes }))
+                })?)
+            }
+        };
+        let promised = ByteCount(block_size.bytes_of(device.negotiation.requested()));
+        let plan = match soft {
+            Some(soft) => format!(
+                "the guest's agent is asked to use no more than {} of the disk; nothing enforces that, and {promised} stay \
+                 promised to it",
+                ByteCount(block_size.bytes_of(soft))
+            ),
+            None => "the guest may use all of the disk again".to_owned(),
+        };
+        let mut answer = ReclaimAnswer {
+            job: None,
+            allocated_bytes: block_size.bytes_of(device.vssd.allocated_blocks()),
+            soft_bytes: soft.map(|soft| block_size.bytes_of(soft)),
+            plan,
+        };
+        if params.dry_run {
+            return Ok(answer);
+        }
+        let policy_ms = Some(device.negotiation.policy().deadline_ms).filter(|ms| *ms > 0);
+        let deadline_ms = params.deadline_ms.filter(|ms| *ms > 0).or(policy_ms).unwrap_or(DEADLINE_MS);
+        self.store_soft(id, soft)?;
+        info!(device = params.name, soft, uid = actor.uid, pid = actor.pid, "reclaim");
+        let job = self.jobs.next_id();
+        self.reclaim(id, |reclaim, seen| reclaim.set(soft, Order { job, actor, deadline_ms }, seen));
+        answer.job = self.jobs.info(job, &self.clock);
+        Ok(answer)
+    }
+
+    fn store_soft(&self, id: VssdId, soft: Option<u32>) -> Answer<()> {
+        let Some(device) = self.devices.get(&id) else { return Ok(()) };
+        let stored = Stored { soft, ..stored(device) };
+        let attrs = VssdAttrs { policy: encode(&stored)?, ..device.vssd.attrs() };
+        self.pool.set_attrs(id, &attrs).map_err(|e| self.pool_fault(&e))
     }
 
     pub fn create(&mut self, params: &CreateParams, actor: Actor) -> Answer<DeviceInfo> {
@@ -173,7 +252,7 @@ impl Owner {
         }
         .filter(|_| plan.to < plan.from);
         // Also when only a deadline goes: it may be one that forces.
-        if plan.to != negotiation.requested() || deadline != stored_deadline(device) {
+        if plan.to != negotiation.requested() || deadline != stored(device).deadline {
             self.store_requested(id, plan.to, deadline).map_err(|e| self.pool_fault(&e))?;
         }
         info!(
@@ -228,7 +307,7 @@ impl Owner {
             deadline_ms: params.deadline_ms.unwrap_or(old.deadline_ms),
             pull: params.pull.unwrap_or(old.pull),
         };
-        let stored = encode(&Stored { policy, deadline: stored_deadline(device) })?;
+        let stored = encode(&Stored { policy, ..stored(device) })?;
         let attrs = VssdAttrs { min_blocks: min, policy: stored, ..device.vssd.attrs() };
         if total > old_total {
             self.pool.extend_vssd(id, total).map_err(|e| self.pool_fault(&e))?;
@@ -259,7 +338,13 @@ impl Owner {
         }
         let (id, _) = self.find(&info.device)?;
         info!(device = info.device, job, uid = actor.uid, pid = actor.pid, "cancel");
-        self.apply(id, Event::Cancel(actor));
+        match info.kind {
+            JobKind::Resize => self.apply(id, Event::Cancel(actor)),
+            JobKind::Reclaim => {
+                self.store_soft(id, None)?;
+                self.reclaim(id, Reclaim::cancel);
+            }
+        }
         self.job(job)
     }
 
@@ -345,7 +430,7 @@ impl Owner {
     }
 
     fn describe(&self, id: VssdId, device: &Device, pool_failed: bool) -> DeviceInfo {
-        let Device { vssd, negotiation, .. } = device;
+        let Device { vssd, negotiation, reclaim, .. } = device;
         let bytes = |blocks: u32| vssd.block_size().bytes_of(blocks);
         let frontend = self.frontend(id);
         let (requested, plugged) = (negotiation.requested(), negotiation.counts().plugged);
@@ -377,6 +462,12 @@ impl Owner {
             policy: negotiation.policy(),
             socket_path: frontend.socket_path.to_string_lossy().into_owned(),
             serial: serial(vssd.name()),
+            soft_bytes: reclaim.soft().map(bytes),
+            agent: reclaim.heard().map(|(at, report)| AgentInfo {
+                heard_ms: self.clock.now_ms().saturating_sub(at),
+                held_bytes: bytes(report.held),
+                shortfall: report.shortfall.word().map(str::to_owned),
+            }),
             driver: DriverInfo {
                 kind: negotiation.driver_kind(),
                 name: negotiation.driver_name().map(str::to_owned),
@@ -388,7 +479,7 @@ impl Owner {
                 queues: frontend.queues,
                 connections: frontend.connections,
             },
-            job: negotiation.job(),
+            job: negotiation.job().or(reclaim.job()),
             io: io_counters(&vssd.stats(), frontend.errors),
         }
     }
@@ -412,6 +503,8 @@ impl Owner {
             policy: params.policy,
             socket_path: String::new(),
             serial: serial(&params.name),
+            soft_bytes: None,
+            agent: None,
             driver: DriverInfo { kind: DriverKind::None, name: None, could_give_bytes: None },
             frontend: FrontendInfo { connected: false, pid: None, queues: 0, connections: 0 },
             job: None,
@@ -420,9 +513,9 @@ impl Owner {
     }
 }
 
-/// The deadline that a restart of the daemon would go by.
-fn stored_deadline(device: &Device) -> Option<Deadline> {
-    Stored::decode(&device.vssd.attrs().policy).unwrap_or_default().deadline
+/// What a restart of the daemon would go by.
+fn stored(device: &Device) -> Stored {
+    Stored::decode(&device.vssd.attrs().policy).unwrap_or_default()
 }
 
 fn encode(stored: &Stored) -> Answer<String> {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! What the control side keeps with a vSSD in the pool, so that a restart of the daemon forgets nothing an operator
-//! said: the policy, and the deadline of a resize that is under way.
+//! said: the policy, the deadline of a resize that is under way, and the soft size.
 
 use serde::{Deserialize, Serialize};
 use vssd_protocol::control::{OnTimeout, Policy};
@@ -17,6 +17,9 @@ pub(super) struct Stored {
     pub(super) policy: Policy,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) deadline: Option<Deadline>,
+    /// How many blocks the guest is asked to use at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) soft: Option<u32>,
 }
 
 /// Until when a resize has time, on the wall clock: the daemon's own clock ends with it.
@@ -29,7 +32,7 @@ pub(super) struct Deadline {
 
 impl Stored {
     pub(super) fn policy(policy: Policy) -> Self {
-        Self { policy, deadline: None }
+        Self { policy, deadline: None, soft: None }
     }
 
     /// Nothing stored is the default.
@@ -59,6 +62,7 @@ mod tests {
         let stored = Stored {
             policy: Policy { on_timeout: OnTimeout::Force, deadline_ms: u64::MAX, pull: PullPolicy::Notify },
             deadline: Some(Deadline { unix_ms: u64::MAX, on_timeout: OnTimeout::Force }),
+            soft: Some(u32::MAX),
         };
         let text = stored.encode().unwrap();
         assert!(text.len() <= 256, "{} bytes", text.len());
