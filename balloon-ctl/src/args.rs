@@ -125,6 +125,36 @@ pub(crate) enum Command {
         #[command(flatten)]
         options: ResizeArgs,
     },
+    /// Show how much the guest of a vSSD could give up now, by what that would cost it
+    ///
+    /// As its agent said last: nothing is promised, for the guest goes on meanwhile.
+    Estimate {
+        /// Name of the vSSD
+        name: String,
+    },
+    /// Ask the agent of a guest whose driver cannot give blocks up to use less of the disk
+    ///
+    /// The guest's file system gives free space back to the pool and does not use it for as long as the wish stands. Nothing
+    /// enforces that, and the pool goes on promising the whole size to the guest: where the guest has the vSSD driver, shrink.
+    Reclaim {
+        /// Name of the vSSD
+        name: String,
+        /// How much of the disk the guest may go on using (20G), or off: all of it
+        #[arg(value_parser = soft_size)]
+        size: SoftSize,
+        /// How long to wait for it; the vSSD's policy, or two minutes, unless told
+        #[arg(long, value_name = "SECONDS", value_parser = some_time)]
+        deadline: Option<Millis>,
+        /// Do not wait for the job to end
+        #[arg(long, conflicts_with = "wait")]
+        no_wait: bool,
+        /// Wait for the job to end; the default
+        #[arg(long)]
+        wait: bool,
+        /// Only say what would be asked
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Show or change the limits and policies of a vSSD
     Limits(LimitsArgs),
     /// List the blocks that a vSSD does not have at present
@@ -191,6 +221,20 @@ pub(crate) enum Command {
         #[arg(value_name = "JSON")]
         params: Option<String>,
     },
+}
+
+/// How much of a disk a guest may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SoftSize {
+    Bytes(u64),
+    Off,
+}
+
+fn soft_size(text: &str) -> Result<SoftSize, String> {
+    if text == "off" {
+        return Ok(SoftSize::Off);
+    }
+    text.parse().map(|ByteCount(bytes)| SoftSize::Bytes(bytes)).map_err(|error| format!("{error}, nor off"))
 }
 
 /// A virtual machine monitor that `attach-info` knows.

@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use vssd_protocol::control::{ErrorCode, JobInfo, JobState};
+use vssd_protocol::control::{ErrorCode, JobInfo, JobKind, JobState};
 use vssd_protocol::units::ByteCount;
 
+use crate::output::word;
 use crate::size::Millis;
 
 pub(crate) type Result<T> = std::result::Result<T, CtlError>;
@@ -232,6 +233,10 @@ impl CtlError {
 /// Why the job is no success, with the numbers.
 fn job_message(job: &JobInfo) -> String {
     let (device, now, target) = (&job.device, ByteCount(job.plugged_bytes), ByteCount(job.target_bytes));
+    if job.kind == JobKind::Reclaim {
+        let used = format!("{device} has {now} in use ({target} wished), {}", word(&job.state));
+        return if job.message.is_empty() { used } else { format!("{used}: {}", job.message) };
+    }
     let what = match job.state {
         JobState::Refused => format!("{device} stays at {now} ({target} asked)"),
         JobState::Partial => {
@@ -281,6 +286,7 @@ mod tests {
     fn job(state: JobState, error: Option<ErrorCode>) -> CtlError {
         CtlError::Job(Box::new(JobInfo {
             id: 41,
+            kind: JobKind::Resize,
             device: "vm2".to_owned(),
             state,
             from_bytes: 40 << 30,

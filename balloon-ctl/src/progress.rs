@@ -98,11 +98,14 @@ fn numbers(out: &Output, job: &JobInfo) -> String {
 
 #[cfg(test)]
 mod tests {
+    use vssd_protocol::control::JobKind;
+
     use super::*;
 
     fn job(from: u64, target: u64, plugged: u64, elapsed_ms: u64) -> JobInfo {
         JobInfo {
             id: 41,
+            kind: JobKind::Resize,
             device: "vm2".to_owned(),
             state: JobState::Evacuating,
             from_bytes: from,

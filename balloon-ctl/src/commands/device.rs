@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `list`, `show`, `create`, `delete`, `limits` and `evicted`.
+//! `list`, `show`, `create`, `delete`, `limits`, `estimate` and `evicted`.
 
 use std::cmp::Reverse;
 
 use serde_json::Value;
 use vssd_protocol::control::{
-    CreateParams, DeleteParams, DeviceInfo, DeviceList, DriverKind, EvictedParams, EvictedRanges,
-    LimitsParams, NameParams, method,
+    CreateParams, DeleteParams, DeviceInfo, DeviceList, DriverKind, EstimateAnswer, EvictedParams,
+    EvictedRanges, LimitsParams, NameParams, method,
 };
 
 use crate::args::{CreateArgs, LimitsArgs, SortKey};
@@ -88,6 +88,8 @@ pub(super) fn show(session: &Session, name: String) -> Result<()> {
         ("connections", device.frontend.connections.to_string()),
         ("driver", driver(&device)),
         ("could give", device.driver.could_give_bytes.map_or_else(nothing, |bytes| out.size(bytes))),
+        ("soft size", soft_size(out, &device)),
+        ("agent", agent(out, &device)),
         ("job", device.job.map_or_else(nothing, |id| id.to_string())),
         ("socket", device.socket_path.clone()),
         ("serial", device.serial.clone()),
@@ -194,6 +196,32 @@ pub(super) fn limits(session: &Session, args: LimitsArgs) -> Result<()> {
     )
 }
 
+pub(super) fn estimate(session: &Session, name: &str) -> Result<()> {
+    let answer: Answer<EstimateAnswer> =
+        session.connect()?.call(method::DEVICE_ESTIMATE, &NameParams { name: name.to_owned() })?;
+    let out = &session.out;
+    if out.json {
+        return out.object([("estimate", answer.raw)]);
+    }
+    let told = answer.typed;
+    let rows = [
+        ("free", told.free_bytes, "nothing lies there"),
+        ("clean-cold", told.clean_cold_bytes, "copies of what is elsewhere, not asked for lately"),
+        ("clean-hot", told.clean_hot_bytes, "copies of what is elsewhere, in use"),
+        ("dirty", told.dirty_bytes, "must be written elsewhere first"),
+    ];
+    out.table(
+        ["COST", "SIZE", "WHAT IT IS"],
+        rows.map(|(cost, bytes, what)| [cost.to_owned(), out.size(bytes), what.to_owned()]),
+    )?;
+    out.note(&format!(
+        "{name}: as its guest said {} ago; {} of its blocks hold no data, as the host sees it",
+        Millis(told.age_ms),
+        out.size(told.unwritten_bytes)
+    ));
+    Ok(())
+}
+
 pub(super) fn evicted(session: &Session, name: String) -> Result<()> {
     let mut client = session.connect()?;
     let mut params = EvictedParams { name, start: 0 };
@@ -255,6 +283,20 @@ pub(crate) fn frontend(device: &DeviceInfo) -> String {
         (true, Some(pid)) => format!("pid {pid}, {} queues", frontend.queues),
         (true, None) => format!("{} queues", frontend.queues),
     }
+}
+
+fn soft_size(out: &Output, device: &DeviceInfo) -> String {
+    let promised = out.size(device.requested_bytes);
+    device.soft_bytes.map_or_else(nothing, |bytes| {
+        format!("{} (a wish that nothing enforces; {promised} stay promised)", out.size(bytes))
+    })
+}
+
+fn agent(out: &Output, device: &DeviceInfo) -> String {
+    device.agent.as_ref().map_or_else(nothing, |agent| {
+        let short = agent.shortfall.as_ref().map_or_else(String::new, |why| format!(", no more: {why}"));
+        format!("keeps {} unused{short}, heard {} ago", out.size(agent.held_bytes), Millis(agent.heard_ms))
+    })
 }
 
 fn driver(device: &DeviceInfo) -> String {

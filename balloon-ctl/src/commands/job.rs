@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vssd_protocol::control::{JobInfo, JobList, JobParams, JobState, JobWaitParams, method};
+use vssd_protocol::control::{JobInfo, JobKind, JobList, JobParams, JobState, JobWaitParams, method};
 
 use crate::client::{Answer, Client};
 use crate::error::{CtlError, Result};
@@ -129,11 +129,12 @@ pub(super) fn verdict(session: &Session, job: JobInfo) -> Result<()> {
         return Ok(());
     }
     let (from, now) = (job.from_bytes, job.plugged_bytes);
+    let what = if job.kind == JobKind::Reclaim { " in use" } else { "" };
     let moved =
         if now < from { format!("; {} returned to the pool", out.size(from - now)) } else { String::new() };
     let why = if job.message.is_empty() { String::new() } else { format!(" ({})", job.message) };
     out.done(&format!(
-        "{}: {} -> {} in {}{moved}{why}",
+        "{}: {} -> {}{what} in {}{moved}{why}",
         job.device,
         out.size(from),
         out.size(now),

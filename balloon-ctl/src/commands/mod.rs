@@ -8,6 +8,7 @@ mod doctor;
 mod events;
 mod job;
 mod pool;
+mod reclaim;
 mod resize;
 mod server;
 
@@ -25,6 +26,10 @@ pub(crate) fn run(session: &Session, command: Command) -> Result<()> {
         Command::Resize { name, size, options } => resize::run(session, name, size, &options),
         Command::Grow { name, amount, options } | Command::Shrink { name, amount, options } => {
             resize::run(session, name, amount, &options)
+        }
+        Command::Estimate { name } => device::estimate(session, &name),
+        Command::Reclaim { name, size, deadline, no_wait, dry_run, .. } => {
+            reclaim::run(session, &name, size, &reclaim::Options { deadline, no_wait, dry_run })
         }
         Command::Limits(args) => device::limits(session, args),
         Command::Evicted { name } => device::evicted(session, name),

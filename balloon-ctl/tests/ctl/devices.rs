@@ -109,6 +109,8 @@ frontend     pid 4242, 4 queues
 connections  2
 driver       vssd 0.1
 could give   7 GiB
+soft size    -
+agent        -
 job          -
 socket       /run/vssd/dev/vm1-data.sock
 serial       vssd-vm1-data

@@ -14,6 +14,7 @@ mod fixtures;
 mod offline;
 mod peer;
 mod pool_events;
+mod reclaim;
 mod resize;
 mod server;
 mod terminal;
