@@ -8,8 +8,8 @@ use rand::Rng;
 use serde_json::json;
 use vssd_protocol::control::JobState;
 use vssd_protocol::guest::{
-    self, DeclineReason, NEWS_TARGET, RangeStatus, Reason, Request, RequestResult, RequestType, Response,
-    ResponseBody, STATE_F_EMPTY, STATUS_EVICTED, Urgency,
+    self, DeclineReason, Estimate, NEWS_TARGET, RangeStatus, Reason, Request, RequestResult, RequestType,
+    Response, ResponseBody, STATE_F_EMPTY, STATUS_EVICTED, Urgency,
 };
 use vssd_protocol::units::BlockRange;
 use vssd_tests::mock::driver::{Driver, anywhere, lowest, pick};
@@ -118,6 +118,7 @@ fn requests_of_another_session_are_stale_and_change_nothing() -> Result<()> {
             Request::Plug { epoch, ranges },
             Request::Decline { epoch, seq: 0, could_give: 0, reason: DeclineReason::Busy },
             Request::Pull { epoch, want_blocks: 1, urgency: Urgency::Wish },
+            Request::Report { epoch, estimate: Estimate { free: 1, ..Estimate::default() } },
         ] {
             let response = driver.call(&request)?;
             ensure!(response.result == RequestResult::Stale, "{request:?}: {response:?}");
@@ -133,7 +134,7 @@ fn requests_of_another_session_are_stale_and_change_nothing() -> Result<()> {
 fn unknown_request_types_are_not_supported() -> Result<()> {
     let (site, _machine, mut driver) = site()?;
     let memory = driver.queue.bounce();
-    for kind in [2, 3, 5, 7, 9, 10, 12, 14, 16, 0x100, 0x5653_0000, 0x5653_0008, 0x8000_0000, u32::MAX] {
+    for kind in [2, 3, 5, 7, 9, 10, 12, 14, 16, 0x100, 0x5653_0000, 0x5653_0009, 0x8000_0000, u32::MAX] {
         let data = [Segment::out(memory, 512), Segment::into(memory + 512, 512)];
         let answer = driver.queue.call(kind, 0, &data)?;
         ensure!(answer.status == S_UNSUPP && answer.written == 0, "type {kind:#x}: {answer:?}");
@@ -156,6 +157,7 @@ fn malformed_requests_are_answered_and_change_nothing() -> Result<()> {
         Request::Plug { epoch, ranges },
         Request::Decline { epoch, seq: 0, could_give: 0, reason: DeclineReason::Busy },
         Request::Pull { epoch, want_blocks: 1, urgency: Urgency::Wish },
+        Request::Report { epoch, estimate: Estimate::default() },
     ];
     for request in &good {
         let (kind, body) = (request.kind(), request.encode());

@@ -7,7 +7,9 @@
 
 use anyhow::{Context, Result, anyhow, ensure};
 use rand::Rng;
-use vssd_protocol::guest::{DeclineReason, RangeStatus, Request, RequestType, Response, Urgency, VERSION};
+use vssd_protocol::guest::{
+    DeclineReason, Estimate, RangeStatus, Request, RequestType, Response, Urgency, VERSION,
+};
 use vssd_protocol::units::BlockRange;
 use vssd_tests::mock::arena::Verdict;
 use vssd_tests::mock::driver::Driver;
@@ -50,6 +52,7 @@ impl Liar {
                 Request::Decline { epoch, seq, could_give: 1, reason: DeclineReason::Busy }
             }
             RequestType::Pull => Request::Pull { epoch, want_blocks: 1, urgency: Urgency::Wish },
+            RequestType::Report => Request::Report { epoch, estimate: Estimate::default() },
         }
         .encode()
     }

@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! A driver that does not know the guest channel: an ordinary disk that grows live and is never shrunk into its data.
 
-use anyhow::{Result, ensure};
-use serde_json::json;
-use vssd_protocol::control::{DriverKind, ErrorCode, JobState, method};
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use vssd_protocol::control::{
+    DriverKind, ErrorCode, EstimateAnswer, JobKind, JobState, ReclaimAnswer, method,
+};
 use vssd_protocol::guest::STATUS_EVICTED;
+use vssd_protocol::letter::{Letter, Notice, Report, Shortfall};
+use vssd_protocol::units::BlockRange;
 use vssd_tests::mock::PATIENCE;
+use vssd_tests::mock::driver::Driver;
 use vssd_tests::mock::machine::{Machine, Options};
-use vssd_tests::mock::queue::{S_IOERR, S_OK};
+use vssd_tests::mock::queue::{S_IOERR, S_OK, SECTOR};
 use vssd_tests::mock::site::{BLOCK, MIB, Site};
 use vssd_tests::pattern;
 use vssd_tests::scenario::Medium;
@@ -141,5 +146,110 @@ fn a_resize_right_after_the_start_waits_until_the_driver_is_known() -> Result<()
     let job = site.operator.finish(job.id)?;
     ensure!(job.state == JobState::Done, "{job:?}");
     machine.wait_capacity(16 * MIB)?;
+    site.finish()
+}
+
+/// What an agent does through a stock driver.
+fn write_letter(machine: &mut Machine, letter: Letter) -> Result<String> {
+    let queue = machine.queue(0)?;
+    for block in letter.encode() {
+        ensure!(queue.read(u64::from(block) * SECTOR, 512)?.is_ok());
+    }
+    queue.id()
+}
+
+fn notice(machine: &mut Machine) -> Result<Notice> {
+    let id = write_letter(machine, Letter::Ask)?;
+    Notice::decode(id.as_bytes()).with_context(|| format!("{id:?} is no notice"))
+}
+
+/// V-52, V-53, V-54: a wish reaches an agent behind a stock driver, and its report the operator; nobody else sees a difference.
+#[test]
+fn an_agent_hears_the_wish_and_the_operator_its_report() -> Result<()> {
+    let (mut site, mut machine) = site()?;
+    let reclaim = |soft: Value| json!({ "name": "vm1", "soft_bytes": soft, "deadline_ms": 20_000 });
+    let id = machine.queue(0)?.id()?;
+    ensure!(id == "vssd-vm1");
+    let first = notice(&mut machine)?;
+    ensure!(first.soft_blocks.is_none() && first.block_shift == 16 && !first.has_holes, "{first:?}");
+    ensure!(machine.queue(0)?.id()? == id, "one answer for each letter");
+
+    for block in 0..8 {
+        ensure!(machine.queue(0)?.write(block * BLOCK, &content(block))? == S_OK);
+    }
+    let answer: ReclaimAnswer = site.operator.call(method::DEVICE_RECLAIM, &reclaim(json!(6 * BLOCK)))?;
+    let job = answer.job.context("no job")?;
+    ensure!(
+        job.state == JobState::Created && job.kind == JobKind::Reclaim && job.from_bytes == 8 * BLOCK,
+        "{job:?}"
+    );
+    let told = notice(&mut machine)?;
+    ensure!(told.soft_blocks == Some(6) && told.seq != first.seq, "{told:?}");
+
+    // It says that it does something, and does it: the host goes by what it sees.
+    let report = Report { seq: told.seq, held: 500, free: 3, clean_cold: 2, ..Report::default() };
+    write_letter(&mut machine, Letter::Report(report))?;
+    Deadline::after(PATIENCE)
+        .until("the job to be offered", || Ok(site.operator.job(job.id)?.state == JobState::Offered))?;
+    let estimate: EstimateAnswer = site.operator.call(method::DEVICE_ESTIMATE, &json!({ "name": "vm1" }))?;
+    ensure!((estimate.free_bytes, estimate.clean_cold_bytes) == (3 * BLOCK, 2 * BLOCK), "{estimate:?}");
+    ensure!(estimate.unwritten_bytes == 32 * MIB - 8 * BLOCK, "{estimate:?}");
+    let agent = site.operator.show("vm1")?.agent.context("no agent")?;
+    ensure!(agent.held_bytes == 500 * BLOCK && agent.shortfall.is_none(), "{agent:?}");
+    ensure!(machine.queue(0)?.discard(2 * BLOCK, 2 * BLOCK)? == S_OK);
+    let done = site.operator.finish(job.id)?;
+    ensure!(done.state == JobState::Done && done.plugged_bytes == 6 * BLOCK, "{done:?}");
+
+    // It cannot do more, and says so of this wish.
+    let answer: ReclaimAnswer = site.operator.call(method::DEVICE_RECLAIM, &reclaim(json!(BLOCK)))?;
+    let job = answer.job.context("no job")?;
+    let told = notice(&mut machine)?;
+    let short = Report { shortfall: Shortfall::Nothing, ..report };
+    write_letter(&mut machine, Letter::Report(short))?;
+    ensure!(site.operator.job(job.id)?.state == JobState::Created, "that was about another wish");
+    // More than there is: nonsense.
+    write_letter(&mut machine, Letter::Report(Report { seq: told.seq, held: 1025, ..short }))?;
+    ensure!(site.operator.job(job.id)?.state == JobState::Created);
+    write_letter(&mut machine, Letter::Report(Report { seq: told.seq, ..short }))?;
+    let refused = site.operator.finish(job.id)?;
+    ensure!(
+        refused.state == JobState::Refused && refused.error == Some(ErrorCode::GuestRefused),
+        "{refused:?}"
+    );
+
+    // The wish outlives the daemon, and nothing of all this has changed the disk.
+    site.daemon.kill()?;
+    site.daemon.start()?;
+    let mut operator = site.another_operator()?;
+    ensure!(operator.show("vm1")?.soft_bytes == Some(BLOCK));
+    let mut machine = Machine::start(&site.socket("vm1"), Options::default())?;
+    ensure!(notice(&mut machine)?.soft_blocks == Some(1));
+    let off: ReclaimAnswer = operator.call(method::DEVICE_RECLAIM, &reclaim(Value::Null))?;
+    ensure!(off.job.is_none() && notice(&mut machine)?.soft_blocks.is_none());
+    let shown = operator.show("vm1")?;
+    ensure!(shown.plugged_bytes == 32 * MIB && shown.soft_bytes.is_none(), "{shown:?}");
+    ensure!(machine.queue(0)?.read(7 * BLOCK, 4096)? == Ok(content(7)));
+    ensure!(machine.queue(0)?.read(3 * BLOCK, 4096)? == Ok(vec![0; 4096]));
+    site.finish()
+}
+
+/// V-55: an agent that cannot know which blocks are unplugged is told that some are.
+#[test]
+fn an_agent_is_told_of_holes_and_our_driver_is_not_asked_this_way() -> Result<()> {
+    let mut site = Site::new(Medium::Nvram, 100)?;
+    site.operator.create("vm1", 32 * MIB, &json!({}))?;
+    let mut machine = Machine::start(&site.socket("vm1"), Options::default())?;
+    let mut driver = Driver::start(machine.take_queue(0)?)?;
+    let wish = json!({ "name": "vm1", "soft_bytes": MIB });
+    let refused = site.operator.refused(ErrorCode::Conflict, method::DEVICE_RECLAIM, &wish)?;
+    ensure!(refused.data.hint.is_some_and(|hint| hint.contains("shrink")));
+    let job = site.operator.resize("vm1", 31 * MIB, &json!({}))?;
+    driver.refresh()?;
+    driver.unplug(&[BlockRange::new(100, 16)])?;
+    ensure!(site.operator.finish(job.id)?.state == JobState::Done);
+    machine.disconnect();
+    let mut machine = Machine::start(&site.socket("vm1"), Options::default())?;
+    let told = notice(&mut machine)?;
+    ensure!(told.has_holes && told.soft_blocks.is_none(), "{told:?}");
     site.finish()
 }
