@@ -10,6 +10,12 @@
 //! reserve = "5%"        # stays free: a share of the file system, or a size ("2G")
 //! pull_below = "3%"     # with less free space the host is asked for blocks back,
 //! pull_until = "8%"     # for so many that this much is free
+//! cache = "cached"      # device-mapper's name of the cache (source "dm-cache")
+//! min_cache = "10%"     # what the cache keeps: a share of the vSSD, or a size
+//! stall_s = 60          # what is dirty must become less by a hundredth in so many seconds, or it stays as large as it is
+//! pull_misses = "30%"   # the host is asked for blocks back when a full cache misses more of its requests than this,
+//! pull_misses_until = "20%" # until it misses less than this
+//! hints = "/run/vssd-agent/hints" # holds a directory a disk, in which programs name blocks (source "hint-files")
 //! ```
 
 use std::fs;
@@ -45,6 +51,37 @@ pub(crate) struct DiskConfig {
     pub(crate) pull_below: Share,
     #[serde(default = "pull_until")]
     pub(crate) pull_until: Share,
+    pub(crate) cache: Option<String>,
+    #[serde(default = "min_cache")]
+    pub(crate) min_cache: Share,
+    #[serde(default = "stall_s")]
+    pub(crate) stall_s: u64,
+    #[serde(default = "pull_misses")]
+    pub(crate) pull_misses: Percent,
+    #[serde(default = "pull_misses_until")]
+    pub(crate) pull_misses_until: Percent,
+    #[serde(default = "hints")]
+    pub(crate) hints: PathBuf,
+}
+
+fn min_cache() -> Share {
+    Share::Percent(10)
+}
+
+fn stall_s() -> u64 {
+    60
+}
+
+fn pull_misses() -> Percent {
+    Percent(30)
+}
+
+fn pull_misses_until() -> Percent {
+    Percent(20)
+}
+
+fn hints() -> PathBuf {
+    vssd_client::HINTS.into()
 }
 
 fn reserve() -> Share {
@@ -72,6 +109,12 @@ impl Default for DiskConfig {
             reserve: reserve(),
             pull_below: pull_below(),
             pull_until: pull_until(),
+            cache: None,
+            min_cache: min_cache(),
+            stall_s: stall_s(),
+            pull_misses: pull_misses(),
+            pull_misses_until: pull_misses_until(),
+            hints: hints(),
         }
     }
 }
@@ -82,6 +125,8 @@ impl Default for DiskConfig {
 pub(crate) enum Kind {
     #[default]
     Filesystem,
+    HintFiles,
+    DmCache,
 }
 
 /// A part of a file system.
@@ -96,14 +141,27 @@ impl TryFrom<String> for Share {
     type Error = String;
 
     fn try_from(text: String) -> std::result::Result<Self, String> {
-        if let Some(percent) = text.strip_suffix('%') {
-            let percent: Option<u8> = percent.trim().parse().ok();
-            return percent
-                .filter(|percent| *percent <= 100)
-                .map(Self::Percent)
-                .ok_or_else(|| format!("{text:?} is not from 0% to 100%"));
+        if text.ends_with('%') {
+            return Percent::try_from(text).map(|percent| Self::Percent(percent.0));
         }
         text.parse::<ByteCount>().map(|bytes| Self::Bytes(bytes.0)).map_err(|error| error.to_string())
+    }
+}
+
+/// A part of whatever it is of.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(try_from = "String")]
+pub(crate) struct Percent(pub(crate) u8);
+
+impl TryFrom<String> for Percent {
+    type Error = String;
+
+    fn try_from(text: String) -> std::result::Result<Self, String> {
+        let percent = text.strip_suffix('%').and_then(|percent| percent.trim().parse().ok());
+        percent
+            .filter(|percent| *percent <= 100)
+            .map(Self)
+            .ok_or_else(|| format!("{text:?} is not from 0% to 100%"))
     }
 }
 
@@ -136,6 +194,15 @@ impl Config {
         for (i, disk) in config.disks.iter().enumerate() {
             if config.disks[..i].iter().any(|other| other.name == disk.name) {
                 return Err(format!("disk {:?} has two entries", disk.name));
+            }
+            if disk.source == Kind::DmCache && disk.cache.is_none() {
+                return Err(format!(
+                    "the source \"dm-cache\" of disk {:?} needs the name of its cache: cache = …",
+                    disk.name
+                ));
+            }
+            if disk.hints.is_relative() {
+                return Err(format!("hints {:?} of disk {:?} is no absolute path", disk.hints, disk.name));
             }
         }
         Ok(config)
@@ -178,6 +245,10 @@ mod tests {
             ("[[disk]]\nreserve = 5", "reserve"),
             ("[[disk]]\n[[disk]]\n", "two entries"),
             ("[disk]", "disk"),
+            ("[[disk]]\nhints = \"run/hints\"", "run/hints"),
+            ("[[disk]]\nsource = \"hints\"", "hint-files"),
+            ("[[disk]]\nsource = \"dm-cache\"", "cache ="),
+            ("[[disk]]\npull_misses = \"10M\"", "10M"),
         ] {
             let error = Config::parse(text).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");

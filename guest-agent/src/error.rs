@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 use vssd_protocol::units::ByteCount;
 
+use crate::source::dm_cache::CacheError;
+
 pub(crate) type Result<T> = std::result::Result<T, AgentError>;
 
 #[derive(Debug, thiserror::Error)]
@@ -31,11 +33,36 @@ pub(crate) enum AgentError {
     /// What is free lies in pieces that are smaller than blocks.
     #[error("{path}: {asked} of free space hold {whole} of whole blocks", path = path.display())]
     Fragmented { path: PathBuf, asked: ByteCount, whole: ByteCount },
+    /// A hint file, or the directory of them, that is not as it should be.
+    #[error("{path}: {what}", path = path.display())]
+    Hints { path: PathBuf, what: String },
+    #[error("no program names more blocks in {path} that could go", path = path.display())]
+    NoHints { path: PathBuf },
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// Letters are not answered.
+    #[error("the host behind {disk} does not answer an agent")]
+    Unheard { disk: String },
     #[error("cannot {what} {path}", path = path.display())]
     Io { what: &'static str, path: PathBuf, source: io::Error },
 }
 
+impl From<vssd_client::Error> for AgentError {
+    fn from(error: vssd_client::Error) -> Self {
+        match error {
+            vssd_client::Error::NoDisk { disk, source } => Self::NoDisk { disk, source },
+            vssd_client::Error::Io { what, path, source } => Self::Io { what, path, source },
+            // Of hint files, which the agent only reads.
+            other => Self::io("use", Path::new(vssd_client::PROC), io::Error::other(other)),
+        }
+    }
+}
+
 impl AgentError {
+    pub(crate) fn no_disk(disk: &str, source: io::Error) -> Self {
+        Self::NoDisk { disk: disk.to_owned(), source }
+    }
+
     pub(crate) fn io(what: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
         Self::Io { what, path: path.to_owned(), source: source.into() }
     }
@@ -55,6 +82,11 @@ impl AgentError {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem)
     }
 
+    pub(crate) fn is_forbidden(&self) -> bool {
+        use io::ErrorKind::{PermissionDenied, ResourceBusy};
+        matches!(self, Self::Io { source, .. } if matches!(source.kind(), PermissionDenied | ResourceBusy))
+    }
+
     /// The stable code, `E_…`.
     pub(crate) fn code(&self) -> &'static str {
         match self {
@@ -66,6 +98,10 @@ impl AgentError {
             Self::Uncovered { .. } => "E_UNCOVERED",
             Self::Full { .. } => "E_FULL",
             Self::Fragmented { .. } => "E_FRAGMENTED",
+            Self::Cache(error) => error.code(),
+            Self::Unheard { .. } => "E_UNHEARD",
+            Self::Hints { .. } => "E_HINTS",
+            Self::NoHints { .. } => "E_NO_HINTS",
             Self::Io { .. } if self.is_read_only() => "E_READ_ONLY",
             Self::Io { .. } => "E_IO",
         }
@@ -82,7 +118,15 @@ impl AgentError {
                 "grow the vSSD back; files that lie on these blocks must be restored from a backup"
             }
             Self::Fragmented { .. } => "a pool with smaller blocks could take it",
+            Self::Cache(error) => error.hint(),
+            Self::Unheard { .. } => "its vssd-backend may be older than this agent; or load the vSSD driver",
             Self::Full { .. } => "delete files, or allow a smaller reserve in the configuration",
+            Self::Hints { .. } => {
+                "the program that writes there must be corrected; vssd-client's documentation says what may be there"
+            }
+            Self::NoHints { .. } => {
+                "start a program that names some, or shrink the vSSD by no more than it names"
+            }
             Self::Io { source, .. } => match source.kind() {
                 io::ErrorKind::PermissionDenied => "the agent needs CAP_SYS_ADMIN: run it as root",
                 io::ErrorKind::ReadOnlyFilesystem => "mount the file system for writing",
@@ -95,10 +139,12 @@ impl AgentError {
     pub(crate) fn exit(&self) -> u8 {
         match self {
             Self::Config { .. } => 2,
+            Self::Cache(error) => error.exit(),
             Self::NoDisk { .. } | Self::NotMounted { .. } => 3,
             Self::Locked { .. } | Self::Unsuitable { .. } | Self::Full { .. } | Self::Fragmented { .. } => 4,
+            Self::Hints { .. } | Self::NoHints { .. } => 4,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => 8,
-            Self::Uncovered { .. } | Self::Io { .. } => 1,
+            Self::Uncovered { .. } | Self::Unheard { .. } | Self::Io { .. } => 1,
         }
     }
 }

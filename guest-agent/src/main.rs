@@ -5,9 +5,10 @@
 //! ```text
 //!   /proc/vssd/<disk>/request ──► serve (one thread a disk) ──► source (which blocks)
 //!                    hints ◄────────┘
+//!   /dev/vdX, its serial number ◄──► stock (agent-only mode) ──► source::filesystem, discard
 //! ```
 //!
-//! It speaks to the driver only and knows nothing of the host.
+//! It speaks to the driver, or through a stock driver to the device, and knows nothing else of the host.
 
 mod args;
 mod blocks;
@@ -17,17 +18,24 @@ mod error;
 mod serve;
 mod source;
 mod status;
+mod stock;
 
+use std::collections::BTreeSet;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
+use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use clap::Parser;
+use tracing::info;
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{Cli, Command};
-use crate::config::Config;
+use crate::config::{Config, DiskConfig};
 use crate::error::{AgentError, Result};
+
+const LOOK_FOR_DISKS: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -43,19 +51,20 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<()> {
     let config = Config::load(cli.config.as_deref())?;
-    let disks = if cli.disks.is_empty() { disk::list() } else { cli.disks.clone() };
+    let disks = if cli.disks.is_empty() { all_disks() } else { cli.disks.clone() };
     match cli.command.unwrap_or(Command::Run) {
         Command::Status { json } => status::print(&disks, &config, json),
-        Command::Run if disks.is_empty() => {
-            let source = io::Error::new(io::ErrorKind::NotFound, "there is none in /proc/vssd");
-            Err(AgentError::NoDisk { disk: "nothing".to_owned(), source })
+        Command::Run if disks.is_empty() && cli.dry_run => {
+            let what = "there is none in /proc/vssd, and no virtio disk whose serial number is a vSSD's";
+            Err(AgentError::no_disk("nothing", io::Error::new(io::ErrorKind::NotFound, what)))
         }
         Command::Run if cli.dry_run => status::print_plan(&disks, &config),
-        Command::Run => serve_all(&disks, &config),
+        Command::Run => serve_all(&cli.disks, &config),
     }
 }
 
-fn serve_all(disks: &[String], config: &Config) -> Result<()> {
+/// Serves the disks that are named, or all there are, also those that come later.
+fn serve_all(named: &[String], config: &Config) -> Result<()> {
     let filter = EnvFilter::try_from_env("VSSD_AGENT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
     // The journal has a clock of its own.
@@ -64,12 +73,39 @@ fn serve_all(disks: &[String], config: &Config) -> Result<()> {
     } else {
         log.with_ansi(io::stderr().is_terminal()).init();
     }
-    let (ended, end) = std::sync::mpsc::channel();
-    for name in disks {
-        let (name, config, ended) = (name.clone(), config.of(name), ended.clone());
-        thread::spawn(move || ended.send(serve::serve(&name, &config)));
+    let (ended, end) = mpsc::channel();
+    let mut served = BTreeSet::new();
+    if named.is_empty() && all_disks().is_empty() {
+        info!("there is no vSSD here yet; waits for one");
     }
-    drop(ended);
-    // One that cannot be served ends the others: who runs this process is to hear of it.
-    end.recv().unwrap_or(Ok(()))
+    loop {
+        let found = if named.is_empty() { all_disks() } else { named.to_vec() };
+        for name in found {
+            if served.insert(name.clone()) {
+                let (config, ended) = (config.of(&name), ended.clone());
+                thread::spawn(move || {
+                    let outcome = serve_one(&name, &config);
+                    ended.send((name, outcome))
+                });
+            }
+        }
+        // Disks come and go, and change their names when another driver takes them.
+        match end.recv_timeout(LOOK_FOR_DISKS) {
+            Ok((name, Ok(()))) => drop(served.remove(&name)),
+            // One that cannot be served ends the others: who runs this process is to hear of it.
+            Ok((_, Err(error))) => return Err(error),
+            Err(_) => {}
+        }
+    }
+}
+
+fn serve_one(name: &str, config: &DiskConfig) -> Result<()> {
+    if disk::has_driver(name) { serve::serve(name, config) } else { stock::serve(name, config) }
+}
+
+/// The vSSDs of this guest, whichever driver they have.
+fn all_disks() -> Vec<String> {
+    let mut disks = disk::list();
+    disks.extend(stock::list());
+    disks
 }

@@ -9,17 +9,19 @@
 //!   else:         take all hints back ► read which blocks are gone ► let go of all others
 //! ```
 
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 use vssd_protocol::units::{BlockRange, ByteCount};
 
 use crate::blocks::BlockSet;
 use crate::config::DiskConfig;
-use crate::disk::{Disk, Status, Why};
+use crate::disk::{self, Disk, Status, Why};
 use crate::error::{AgentError, Result};
-use crate::source::{self, Source};
+use crate::source::{self, Estimate, Source};
 
 /// News ends a wait; this is for what brings none: a file system that is mounted or has become emptier.
 const IDLE: Duration = Duration::from_secs(10);
@@ -29,6 +31,10 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 const GOING: Duration = Duration::from_secs(1);
 /// For the host to give blocks back.
 const GRANT: Duration = Duration::from_secs(3);
+/// The driver waits for hints for three times as long.
+const TICK: Duration = Duration::from_secs(1);
+/// For a source to find some blocks or say that there are none.
+const LONGEST: Duration = Duration::from_secs(300);
 /// For a disk that is not there.
 const ABSENT: Duration = Duration::from_secs(5);
 
@@ -39,8 +45,9 @@ pub(crate) fn serve(name: &str, config: &DiskConfig) -> Result<()> {
         match Disk::open(name) {
             Ok(disk) => {
                 info!(disk = name, "serves");
-                let source = source.as_mut();
-                let mut server = Server { disk, source, ended: None, settled: None, told: None };
+                let (disk, source) = (Arc::new(disk), source.as_mut());
+                let mut server =
+                    Server { disk, source, ended: None, settled: None, told: None, reported: None };
                 let gone = server.run();
                 warn!(disk = name, reason = %gone, "the disk has gone");
             }
@@ -52,8 +59,17 @@ pub(crate) fn serve(name: &str, config: &DiskConfig) -> Result<()> {
     }
 }
 
+/// How a round ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Round {
+    /// News are waited for.
+    Over,
+    /// The next one follows at once.
+    GoesOn,
+}
+
 struct Server<'a> {
-    disk: Disk,
+    disk: Arc<Disk>,
     source: &'a mut dyn Source,
     /// Session and number of the news that were answered with "end".
     ended: Option<(String, u64)>,
@@ -61,6 +77,8 @@ struct Server<'a> {
     settled: Option<(Status, Instant)>,
     /// The last complaint, so that each is made once.
     told: Option<String>,
+    /// The session with the host, and what it was told last that could go.
+    reported: Option<(String, Estimate)>,
 }
 
 impl Server<'_> {
@@ -69,9 +87,18 @@ impl Server<'_> {
         loop {
             let outcome = self.disk.look().and_then(|status| self.round(&status));
             match outcome {
-                Ok(()) => self.told = None,
+                Ok(round) => {
+                    self.told = None;
+                    if round == Round::GoesOn {
+                        continue;
+                    }
+                }
                 Err(error @ AgentError::NoDisk { .. }) => return error,
                 Err(error) => self.complain(&error),
+            }
+            let disk = Arc::clone(&self.disk);
+            if let Err(error) = patiently(&disk, Some(TICK), || self.report()) {
+                debug!(disk = self.disk.name(), %error, "cannot tell the host what could go");
             }
             if let Err(error) = self.disk.wait(IDLE) {
                 return error;
@@ -79,13 +106,30 @@ impl Server<'_> {
         }
     }
 
+    /// Tells the host what could go, whether or not it asks for any. Nothing can where the source says why it cannot.
+    fn report(&mut self) -> Result<()> {
+        // Not looked at as news: those are for the next round.
+        let status = disk::status(self.disk.name())?;
+        let evicted = self.disk.evicted(status.total_blocks)?;
+        let estimate =
+            self.source.estimate(&status, &evicted).unwrap_or_default().within(status.plugged_blocks);
+        let now = (status.epoch, estimate);
+        if self.reported.as_ref() != Some(&now) {
+            self.disk.report(&estimate)?;
+            self.reported = Some(now);
+        }
+        Ok(())
+    }
+
     /// Does what the host wants now.
-    fn round(&mut self, status: &Status) -> Result<()> {
+    fn round(&mut self, status: &Status) -> Result<Round> {
         if status.to_give() > 0 {
-            self.give(status).or_else(|error| self.refuse(status, error))
+            self.give(status).or_else(|error| self.refuse(status, error).map(|()| Round::Over))
         } else {
-            self.settle(status)?;
-            self.ask(status)
+            // Meanwhile the host may come to want some.
+            let disk = Arc::clone(&self.disk);
+            patiently(&disk, Some(TICK), || self.settle(status).and_then(|()| self.ask(status)))
+                .map(|()| Round::Over)
         }
     }
 
@@ -98,23 +142,25 @@ impl Server<'_> {
     }
 
     /// Gives blocks until the host has what it wants, or no more can go.
-    fn give(&mut self, first: &Status) -> Result<()> {
+    fn give(&mut self, first: &Status) -> Result<Round> {
         let name = self.disk.name().to_owned();
         let total = first.total_blocks;
         let bytes = |blocks: u32| ByteCount(u64::from(blocks) * u64::from(first.block_size));
-        if !self.has_ended(first) {
+        // Who has said that there are no more is not waited for.
+        let tick = (!self.has_ended(first)).then_some(Duration::ZERO);
+        if tick.is_some() {
             info!(disk = name, seq = first.seq, reason = first.reason, wanted = %bytes(first.to_give()), "the host asks for blocks back");
         }
         let mut nominated = BlockSet::new(total);
-        let mut held = self.source.held(first)?;
+        let mut held = patiently(&self.disk, tick, || self.source.held(first))?;
         loop {
             // In this order: a block that goes in between is counted twice as going, and no block is taken in vain.
             let evicted = self.disk.evicted(total)?;
             let status = self.disk.look()?;
             let wanted = status.to_give();
             if wanted == 0 || status.total_blocks != total {
-                // The next round settles.
-                return Ok(());
+                // The next round settles. What it is about may have been looked at just now, and would not end a wait.
+                return Ok(Round::GoesOn);
             }
             let new = new_of(&held, &evicted, &mut nominated);
             if !new.is_empty() {
@@ -125,11 +171,11 @@ impl Server<'_> {
                 self.disk.wait(GOING)?;
                 // Whatever keeps them, the driver tells the host.
                 if self.disk.look()?.plugged_blocks == status.plugged_blocks {
-                    return Ok(());
+                    return Ok(Round::Over);
                 }
                 continue;
             }
-            held = self.source.take(&status, &evicted, wanted - going)?;
+            held = patiently(&self.disk, tick, || self.source.take(&status, &evicted, wanted - going))?;
         }
     }
 
@@ -141,8 +187,12 @@ impl Server<'_> {
     fn refuse(&mut self, status: &Status, error: AgentError) -> Result<()> {
         if !self.has_ended(status) {
             let why = match &error {
-                AgentError::Full { .. } | AgentError::Fragmented { .. } => Why::Nothing,
+                AgentError::Full { .. } | AgentError::Fragmented { .. } | AgentError::NoHints { .. } => {
+                    Why::Nothing
+                }
                 AgentError::Unsuitable { .. } | AgentError::NotMounted { .. } => Why::Policy,
+                AgentError::Hints { .. } => Why::Policy,
+                AgentError::Cache(error) => error.why(),
                 error if error.is_read_only() => Why::Policy,
                 _ => Why::Error,
             };
@@ -167,7 +217,7 @@ impl Server<'_> {
         // Some may have come back meanwhile; they are let go of now. What changes from here on is for the next round.
         let seen = self.disk.look()?;
         let evicted = self.disk.evicted(status.total_blocks)?;
-        match self.source.keep(status, &evicted) {
+        match self.source.keep(&seen, &evicted) {
             // There is nothing to let go of, until something is mounted.
             Err(AgentError::NotMounted { .. }) if evicted.is_empty() => return Ok(()),
             other => other?,
@@ -198,7 +248,7 @@ impl Server<'_> {
             warn!(
                 disk = self.disk.name(),
                 missing = missing.len(),
-                "the file system believes blocks free that the host has"
+                "blocks that the host has may still be used here"
             );
             // It is safest to have them back: whatever the file system does with them then goes well.
             self.disk.pull(missing.len())?;
@@ -219,6 +269,27 @@ impl Server<'_> {
         }
         Err(AgentError::Uncovered { path: self.source.place()?, blocks: still.len() })
     }
+}
+
+/// Keeps the driver from giving up the wait for hints while `work` goes on, from `first` on, unless that takes longer than anything
+/// may.
+fn patiently<T>(disk: &Disk, first: Option<Duration>, work: impl FnOnce() -> T) -> T {
+    let Some(mut pause) = first else { return work() };
+    let begun = Instant::now();
+    thread::scope(|scope| {
+        let (working, done) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            while begun.elapsed() < LONGEST && done.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+                pause = TICK;
+                if let Err(error) = disk.still_looking() {
+                    debug!(disk = disk.name(), %error, "cannot ask the driver to wait");
+                }
+            }
+        });
+        let outcome = work();
+        drop(working);
+        outcome
+    })
 }
 
 /// What of `held` has neither gone nor been nominated; it is from now on.

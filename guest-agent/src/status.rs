@@ -8,8 +8,9 @@ use vssd_protocol::units::ByteCount;
 use crate::blocks::BlockSet;
 use crate::config::Config;
 use crate::disk::{self, Status};
-use crate::error::Result;
+use crate::error::{AgentError, Result};
 use crate::source::{self, Estimate, Source};
+use crate::stock;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -22,7 +23,7 @@ struct Report {
     requested_blocks: u32,
     to_give_blocks: u32,
     evicted_blocks: u32,
-    /// Either this or a problem.
+    /// If the source could say it.
     #[serde(flatten)]
     inside: Option<Inside>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -39,11 +40,18 @@ struct Inside {
 }
 
 fn look(name: &str, config: &Config) -> Result<(Status, Report)> {
-    let status = disk::status(name)?;
-    let evicted = disk::evicted(name, status.total_blocks)?;
+    let (status, evicted) = if disk::has_driver(name) {
+        let status = disk::status(name)?;
+        let evicted = disk::evicted(name, status.total_blocks)?;
+        (status, evicted)
+    } else {
+        let status = stock::status(name)?;
+        let none = BlockSet::new(status.total_blocks);
+        (status, none)
+    };
     let source = source::of(name, &config.of(name));
     let (inside, problem) = match inside(source.as_ref(), &status, &evicted) {
-        Ok(inside) => (Some(inside), None),
+        Ok((inside, complaints)) => (Some(inside), complaints),
         Err(error) => (None, Some(error.to_string())),
     };
     let report = Report {
@@ -62,12 +70,15 @@ fn look(name: &str, config: &Config) -> Result<(Status, Report)> {
     Ok((status, report))
 }
 
-fn inside(source: &dyn Source, status: &Status, evicted: &BlockSet) -> Result<Inside> {
-    Ok(Inside {
+/// What the source says, and what is wrong with it all the same.
+fn inside(source: &dyn Source, status: &Status, evicted: &BlockSet) -> Result<(Inside, Option<String>)> {
+    let inside = Inside {
         place: source.place()?.display().to_string(),
         could_give: source.estimate(status, evicted)?,
         uncovered_blocks: source.uncovered(status, evicted)?.len(),
-    })
+    };
+    let complaints: Vec<String> = source.complaints(status)?.iter().map(AgentError::message).collect();
+    Ok((inside, (!complaints.is_empty()).then(|| complaints.join("; "))))
 }
 
 /// The state of each disk.
@@ -100,7 +111,7 @@ fn print_text(report: &Report) {
             inside.place,
             bytes(report.evicted_blocks),
             bytes(inside.could_give.held_blocks),
-            bytes(inside.could_give.free_blocks)
+            bytes(inside.could_give.more_blocks())
         );
         if inside.uncovered_blocks > 0 {
             println!("  {} are gone and may be used: grow the vSSD back", bytes(inside.uncovered_blocks));
@@ -121,8 +132,9 @@ pub(crate) fn print_plan(disks: &[String], config: &Config) -> Result<()> {
         match report.inside.map(|inside| inside.could_give) {
             _ if wanted == 0 => println!("  would do nothing: the host asks for nothing back"),
             Some(could) => {
-                let free = wanted.saturating_sub(could.held_blocks).min(could.free_blocks);
-                let short = wanted.saturating_sub(could.held_blocks).saturating_sub(free);
+                let missing = wanted.saturating_sub(could.held_blocks);
+                let (free, more) = (missing.min(could.free_blocks), missing.min(could.more_blocks()));
+                let short = missing - more;
                 println!("  would give {}: {} of them from free space", bytes(wanted - short), bytes(free));
                 if short > 0 {
                     println!("  would decline {}", bytes(short));

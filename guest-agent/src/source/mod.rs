@@ -4,12 +4,16 @@
 //!
 //! ```text
 //!   serve ──► Source ──┬── filesystem    free space of a mounted ext4 or XFS
+//!                      ├── hint_files    what programs say they can do without
+//!                      └── dm_cache      the end of a dm-cache's fast device
 //! ```
 //!
 //! A source does not speak to the driver. It says which blocks nothing uses any more; they are nominated by [`crate::serve`],
 //! and may go from then on until the hints are taken back.
 
+pub(crate) mod dm_cache;
 pub(crate) mod filesystem;
+pub(crate) mod hint_files;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -20,7 +24,7 @@ use vssd_protocol::units::BlockRange;
 use crate::blocks::BlockSet;
 use crate::config::{DiskConfig, Kind};
 use crate::disk::Status;
-use crate::error::Result;
+use crate::error::{AgentError, Result};
 
 /// One way in which a vSSD is used. Nothing of it is remembered that the guest does not keep durably itself.
 pub(crate) trait Source {
@@ -48,6 +52,11 @@ pub(crate) trait Source {
 
     /// What could go beyond the blocks that have gone.
     fn estimate(&self, status: &Status, evicted: &BlockSet) -> Result<Estimate>;
+
+    /// What is wrong with it and does not keep it from going on.
+    fn complaints(&self, _status: &Status) -> Result<Vec<AgentError>> {
+        Ok(Vec::new())
+    }
 }
 
 /// How much could go, in blocks, by what it would cost.
@@ -65,9 +74,36 @@ pub(crate) struct Estimate {
     pub(crate) dirty_blocks: u32,
 }
 
+impl Estimate {
+    /// All that could go beyond what is held, whatever it costs.
+    pub(crate) fn more_blocks(&self) -> u32 {
+        [self.free_blocks, self.clean_cold_blocks, self.clean_hot_blocks, self.dirty_blocks]
+            .into_iter()
+            .fold(0, u32::saturating_add)
+    }
+
+    /// Of a disk with so many blocks: what is said to be dearest is left out first.
+    pub(crate) fn within(self, mut blocks: u32) -> Self {
+        let mut take = |wanted: u32| {
+            let taken = wanted.min(blocks);
+            blocks -= taken;
+            taken
+        };
+        Self {
+            held_blocks: take(self.held_blocks),
+            free_blocks: take(self.free_blocks),
+            clean_cold_blocks: take(self.clean_cold_blocks),
+            clean_hot_blocks: take(self.clean_hot_blocks),
+            dirty_blocks: take(self.dirty_blocks),
+        }
+    }
+}
+
 /// The source that is configured for a disk.
 pub(crate) fn of(disk: &str, config: &DiskConfig) -> Box<dyn Source> {
     match config.source {
         Kind::Filesystem => Box::new(filesystem::Filesystem::new(disk, config)),
+        Kind::DmCache => Box::new(dm_cache::DmCache::new(disk, config)),
+        Kind::HintFiles => Box::new(hint_files::HintFiles::new(disk, &config.hints)),
     }
 }

@@ -85,12 +85,6 @@ impl Balloon {
         &self.path
     }
 
-    /// The root of its file system.
-    pub(crate) fn root(&self) -> Result<File> {
-        let root = self.path.parent().unwrap_or(&self.path);
-        File::open(root).map_err(|source| AgentError::io("open", root, source))
-    }
-
     fn extents(&self) -> Result<Vec<Extent>> {
         ioctl::extents(&self.file).map_err(|source| AgentError::io("map", &self.path, source))
     }

@@ -104,6 +104,18 @@ impl Filesystem {
         }
     }
 
+    /// Discards what it has free; what was deleted is free once it has noted that.
+    pub(crate) fn trim(&self) -> Result<()> {
+        let point = self.mount()?.point;
+        let root = File::open(&point).map_err(|source| AgentError::io("open", &point, source))?;
+        rustix::fs::syncfs(&root).map_err(|errno| AgentError::io("sync", &point, errno))?;
+        match ioctl::trim(&root) {
+            Ok(bytes) => info!(disk = self.disk, trimmed = %ByteCount(bytes), "discarded what is free"),
+            Err(error) => debug!(disk = self.disk, %error, "cannot discard what is free"),
+        }
+        Ok(())
+    }
+
     /// Its size and what it has free.
     fn space(&self) -> Result<Space> {
         Ok(Space::of(&balloon::stat(&self.mount()?.point)?))
@@ -148,15 +160,8 @@ impl Source for Filesystem {
             // Pieces of blocks are of no use here. They become part of what stays free, and for them comes what is in one piece:
             // both ext4 and XFS look for that first.
             balloon.shrink_to(&keep)?;
-            // What was deleted is free once the file system has noted that; and whatever is not used need not be stored.
-            let root = balloon.root()?;
-            rustix::fs::syncfs(&root).map_err(|errno| AgentError::io("sync", balloon.path(), errno))?;
-            match ioctl::trim(&root) {
-                Ok(bytes) => {
-                    info!(disk = self.disk, trimmed = %ByteCount(bytes), "more is asked for than is free");
-                }
-                Err(error) => debug!(disk = self.disk, %error, "cannot discard what is free"),
-            }
+            // More is asked for than is free: whatever is not used need not be stored.
+            self.trim()?;
             room = self.room(balloon.space()?);
         }
         if room < block {
