@@ -58,6 +58,9 @@ const ETC: &[(&str, &str)] = &[
     ("etc/profile", "export PATH=/tools:/usr/sbin:/usr/bin:/sbin:/bin PS1='guest# '\n"),
 ];
 
+/// A word of the kernel's command line: systemd is the first process.
+pub const SYSTEMD: &str = "vssd.systemd";
+
 /// How many images stay in the cache.
 const KEEP: usize = 12;
 
@@ -68,8 +71,10 @@ const INIT: &str = include_str!("init.sh");
 pub struct ImageBuilder {
     kernel: Kernel,
     tools: Vec<String>,
+    kernel_modules: Vec<String>,
     modules: Vec<PathBuf>,
     files: Vec<(String, PathBuf)>,
+    programs: Vec<(String, PathBuf)>,
 }
 
 /// A kernel and an initramfs, ready to boot.
@@ -107,8 +112,10 @@ impl ImageBuilder {
         Self {
             kernel: kernel.clone(),
             tools: TOOLS.iter().map(|&name| name.to_owned()).collect(),
+            kernel_modules: MODULES.iter().map(|&name| name.to_owned()).collect(),
             modules: Vec::new(),
             files: Vec::new(),
+            programs: Vec::new(),
         }
     }
 
@@ -117,6 +124,13 @@ impl ImageBuilder {
     #[must_use]
     pub fn tool(mut self, name: &str) -> Self {
         self.tools.push(name.to_owned());
+        self
+    }
+
+    /// Adds a module of the kernel, with all that it needs.
+    #[must_use]
+    pub fn kernel_module(mut self, name: &str) -> Self {
+        self.kernel_modules.push(name.to_owned());
         self
     }
 
@@ -143,6 +157,29 @@ impl ImageBuilder {
         Ok(if helper.exists() { self.file("/tools/vssd-bind", &helper) } else { self })
     }
 
+    /// Adds Debian's systemd, its journal and its targets, for guests booted with [`SYSTEMD`].
+    pub fn systemd(mut self) -> Result<Self> {
+        const DIR: &str = "/lib/systemd";
+        for program in ["systemd", "systemd-journald", "systemd-shutdown"] {
+            self.programs.push((format!("usr/lib/systemd/{program}"), Path::new(DIR).join(program)));
+        }
+        for tool in ["systemctl", "journalctl"] {
+            self.programs.push((format!("tools/{tool}"), paths::tool(tool)?));
+        }
+        for entry in fs::read_dir(Path::new(DIR).join("system")).context("list the units of systemd")? {
+            let path = entry?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let is_wanted = name.ends_with(".target") || name.starts_with("systemd-journald");
+            if is_wanted && path.is_file() {
+                self.files.push((format!("usr/lib/systemd/system/{name}"), path));
+            }
+        }
+        let ours = paths::repo_root().join("tests/src/systemd");
+        Ok(self
+            .file("/etc/systemd/system/guest-agent.service", &ours.join("guest-agent.service"))
+            .file("/etc/systemd/system/multi-user.target.d/wanted.conf", &ours.join("wanted.conf")))
+    }
+
     /// Makes the image, or finds the one made before from the same inputs.
     pub fn build(self) -> Result<GuestImage> {
         let inputs = self.inputs()?;
@@ -166,7 +203,7 @@ impl ImageBuilder {
     /// Every file that goes in, by its path in the guest.
     fn inputs(&self) -> Result<Inputs> {
         let busybox = busybox()?;
-        let mut inputs = Inputs::default();
+        let mut inputs = Inputs { kernel_modules: self.kernel_modules.clone(), ..Inputs::default() };
         inputs.files.insert("usr/bin/busybox".into(), busybox);
         let agent = paths::artifact("vssd-tests", "guest_agent")?;
         inputs.program("usr/bin/guest_agent", &agent)?;
@@ -179,6 +216,9 @@ impl ImageBuilder {
         }
         for (guest, host) in &self.files {
             inputs.files.insert(guest.clone(), host.clone());
+        }
+        for (guest, host) in &self.programs {
+            inputs.program(guest, host)?;
         }
         for dir in &self.modules {
             for path in walk(dir)? {
@@ -194,6 +234,7 @@ impl ImageBuilder {
 
 #[derive(Debug, Default)]
 struct Inputs {
+    kernel_modules: Vec<String>,
     files: BTreeMap<String, PathBuf>,
     extra_modules: BTreeMap<String, PathBuf>,
 }
@@ -226,7 +267,7 @@ impl Inputs {
         let mut digest = Sha256::new();
         digest.update(kernel.release());
         digest.update(INIT);
-        digest.update(format!("{MODULES:?} {ETC:?}"));
+        digest.update(format!("{:?} {ETC:?}", self.kernel_modules));
         for (guest, host) in self.files.iter().chain(&self.extra_modules) {
             digest.update(guest);
             // Size and time stand for the contents: hashing 30 MB at each boot would cost more than it finds.
@@ -278,7 +319,7 @@ impl Inputs {
         let relative = format!("lib/modules/{}", kernel.release());
         let into = stage.path().join(&relative);
         let from = kernel.modules_dir();
-        let wanted = closure(&from, MODULES, &self.extra_modules)?;
+        let wanted = closure(&from, &self.kernel_modules, &self.extra_modules)?;
         for module in &wanted {
             copy(&from.join(module), &into.join(module))?;
         }
@@ -298,7 +339,7 @@ impl Inputs {
 }
 
 /// The files of `names` and of all they depend on, from `modules.dep`.
-fn closure(dir: &Path, names: &[&str], extra: &BTreeMap<String, PathBuf>) -> Result<BTreeSet<String>> {
+fn closure(dir: &Path, names: &[String], extra: &BTreeMap<String, PathBuf>) -> Result<BTreeSet<String>> {
     let dep = fs::read_to_string(dir.join("modules.dep"))?;
     let builtin = fs::read_to_string(dir.join("modules.builtin"))?;
     let index: BTreeMap<String, (&str, &str)> = dep
@@ -308,7 +349,7 @@ fn closure(dir: &Path, names: &[&str], extra: &BTreeMap<String, PathBuf>) -> Res
         .collect();
     let built_in: BTreeSet<String> = builtin.lines().map(module_name).collect();
 
-    let mut names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+    let mut names = names.to_vec();
     for path in extra.values() {
         names.extend(needed_by(path)?);
     }
@@ -380,9 +421,11 @@ mod tests {
         )
         .unwrap();
         fs::write(dir.path().join("modules.builtin"), "kernel/c/crc32c-intel.ko\n").unwrap();
-        let found = closure(dir.path(), &["virtio_blk", "crc32c_intel"], &BTreeMap::new()).unwrap();
+        let found =
+            closure(dir.path(), &["virtio_blk".to_owned(), "crc32c_intel".to_owned()], &BTreeMap::new())
+                .unwrap();
         let expected = ["kernel/a/virtio_blk.ko", "kernel/b/virtio.ko", "kernel/b/virtio_ring.ko"];
         assert_eq!(found.iter().map(String::as_str).collect::<Vec<_>>(), expected);
-        assert!(closure(dir.path(), &["nonsense"], &BTreeMap::new()).is_err());
+        assert!(closure(dir.path(), &["nonsense".to_owned()], &BTreeMap::new()).is_err());
     }
 }

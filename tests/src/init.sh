@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0 OR MIT
 # The guest's first process: mounts, loads the virtio drivers, and hands over to the agent.
 export PATH=/tools:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=linux
+# There is no udev to wait for, or to make nodes.
+export DM_DISABLE_UDEV=1
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
@@ -16,7 +18,9 @@ hostname guest
 modprobe -a virtio_pci virtio_console virtio_blk
 # Boot messages cost time on an emulated serial port; from here on they are few and wanted.
 echo 7 > /proc/sys/kernel/printk
-if grep -q vssd.shell /proc/cmdline; then
+if grep -q vssd.systemd /proc/cmdline; then
+    exec /usr/lib/systemd/systemd --unit=multi-user.target
+elif grep -q vssd.shell /proc/cmdline; then
     guest_agent &
     cd /root
     setsid cttyhack sh -l

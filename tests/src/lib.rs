@@ -40,9 +40,11 @@
 pub mod agent;
 pub mod apt;
 pub mod backend;
+pub mod c_program;
 pub mod cpio;
 pub mod ctl;
 pub mod demo;
+pub mod draw;
 pub mod guest;
 pub mod image;
 pub mod kernel;

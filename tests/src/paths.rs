@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Where things are: the checkout, the build results, the cache of unpacked Debian packages.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -65,17 +65,26 @@ pub fn artifact(package: &str, bin: &str) -> Result<PathBuf> {
     {
         return Ok(path.into());
     }
-    static BUILT: LazyLock<Mutex<HashMap<String, PathBuf>>> = LazyLock::new(Mutex::default);
-    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(path) = built.get(bin) {
-        return Ok(path.clone());
-    }
+    target(package, "--bin", bin)
+}
+
+/// The path of an example of this workspace, built first unless the caller says that was done.
+pub fn example(package: &str, name: &str) -> Result<PathBuf> {
+    target(package, "--example", name)
+}
+
+fn target(package: &str, kind: &str, name: &str) -> Result<PathBuf> {
+    static BUILT: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
     let dir = profile_dir()?;
-    let path = dir.join(bin);
+    let path = if kind == "--example" { dir.join("examples").join(name) } else { dir.join(name) };
+    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
+    if built.contains(&path) {
+        return Ok(path);
+    }
     if env::var_os(PREBUILT_ENV).is_none() {
         let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.current_dir(repo_root());
-        cargo.args(["build", "--quiet", "--package", package, "--bin", bin]);
+        cargo.args(["build", "--quiet", "--package", package, kind, name]);
         cargo.arg("--target-dir").arg(dir.parent().unwrap_or(&dir));
         if dir.ends_with("release") {
             cargo.arg("--release");
@@ -85,7 +94,7 @@ pub fn artifact(package: &str, bin: &str) -> Result<PathBuf> {
     if !path.exists() {
         bail!("{} is not built; run: cargo build --package {package}", path.display());
     }
-    built.insert(bin.to_owned(), path.clone());
+    built.insert(path.clone());
     Ok(path)
 }
 

@@ -61,7 +61,9 @@ impl Medium {
     pub fn kept_buffers_kib(self) -> u64 {
         match self {
             Self::Nvram => 0,
-            Self::Ssd => ((64 * 64 + 256 * 4) * thread::available_parallelism().map_or(1, NonZeroUsize::get)) as u64,
+            Self::Ssd => {
+                ((64 * 64 + 256 * 4) * thread::available_parallelism().map_or(1, NonZeroUsize::get)) as u64
+            }
         }
     }
 }
@@ -86,6 +88,14 @@ impl PoolHost {
     pub fn show(&self, name: &str) -> Result<Value> {
         let mut shown = self.ctl.ok(&["show", name])?;
         Ok(shown.get_mut("device").map(Value::take).unwrap_or(shown))
+    }
+
+    /// What becomes of a shrink or grow (`verb`) that may be partial or refused: the state of its job.
+    pub fn try_resize(&self, verb: &str, name: &str, bytes: u64) -> Result<String> {
+        let run = self.ctl.run(&[verb, name, &bytes.to_string(), "--wait"])?;
+        let job = run.documents.iter().find_map(|said| find(said, "job"));
+        let state = job.and_then(|job| job["state"].as_str());
+        state.map(str::to_owned).with_context(|| format!("{verb} {bytes}: {} {}", run.code, run.stderr))
     }
 
     /// The blocks that the daemon holds for unplugged.

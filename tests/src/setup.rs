@@ -29,8 +29,10 @@ const NEEDS: &[Need] = &[
     need("strace", "strace"),
     need("e2fsprogs", "mkfs.ext4"),
     need("fdisk", "sfdisk"),
+    need("dmsetup", "dmsetup"),
     need("xfsprogs", "mkfs.xfs"),
     need("kmod", "depmod"),
+    need("systemd", "/lib/systemd/systemd"),
     need("make", "make"),
     need("gcc-12", "gcc-12"),
     // The fuzz targets' engine is C++.

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use vssd_tests::guest::Guest;
 use vssd_tests::kernel::Kernel;
 use vssd_tests::qemu::{Qemu, QemuBinary, VhostUserDisk};
@@ -11,6 +12,7 @@ use vssd_tests::report::Report;
 use vssd_tests::scenario::{self, Disk, ENODATA, Medium, PoolHost, Range, blocks, normal};
 use vssd_tests::scratch::Scratch;
 use vssd_tests::serial::guest_slot;
+use vssd_tests::wait::Deadline;
 
 const SEED: u64 = 0x7357;
 const NAME: &str = "vm1";
@@ -272,9 +274,53 @@ fn bad_hints_are_refused_by_name_and_change_nothing() -> Result<()> {
     host.finish()
 }
 
+/// D-16, V-51.
+#[test]
+fn what_could_go_is_told_to_the_operator_in_each_session_and_nonsense_is_refused() -> Result<()> {
+    let _slot = guest_slot()?;
+    let scratch = Scratch::new()?;
+    let mut host = PoolHost::new(&scratch, Medium::Nvram, "100M")?;
+    let socket = host.create(NAME, &["--size", "64M"])?;
+    let mut guest = boot(QemuBinary::debian()?, &Kernel::debian()?, &[&socket])?;
+    let disk = scenario::bind(&mut guest, 0)?;
+    let file = format!("/proc/vssd/{}/estimate", disk.name);
+    for (bad, error) in [
+        ("1 2 3", "nvalid"),
+        ("1 2 3 4 5", "nvalid"),
+        ("1 2 3 x", "nvalid"),
+        ("-1 0 0 0", "nvalid"),
+        ("4294967296 0 0 0", "range"),
+        ("1000 20 4 1", "range"),
+    ] {
+        let out = guest.sh(&format!("printf '{bad}\\n' | dd of={file} status=none"))?;
+        ensure!(!out.success() && out.errors().contains(error), "{bad:?}: {out:?}");
+    }
+    let out = guest.sh(&format!("su nobody -s /bin/sh -c 'echo 1 1 1 1 > {file}'"))?;
+    ensure!(!out.success() && out.errors().contains("ermission"), "{out:?}");
+    ensure!(host.ctl.refused(&["estimate", NAME])?.stderr.contains("E_NO_DRIVER"));
+
+    let told = |host: &PoolHost| -> Result<bool> {
+        let Ok(said) = host.ctl.ok(&["estimate", NAME]) else { return Ok(false) };
+        let blocks =
+            |key: &str| scenario::find(&said, key).and_then(Value::as_u64).map(|n| n / disk.block_size);
+        let keys = ["free_bytes", "clean_cold_bytes", "clean_hot_bytes", "dirty_bytes"];
+        Ok(keys.map(blocks) == [Some(1000), Some(20), Some(3), Some(1)])
+    };
+    guest.ok(&format!("echo '1000 20 3 1' > {file}"))?;
+    Deadline::secs(10).until("the operator to be told", || told(&host))?;
+    // Another daemon knows nothing of it; the driver begins another session with it, and tells again.
+    host.daemon.kill()?;
+    host.daemon.start()?;
+    Deadline::secs(20).until("the operator to be told again", || told(&host))?;
+    ensure!(host.evicted(NAME)?.is_empty(), "something followed from it");
+    guest.expect_quiet_kernel()?;
+    guest.power_off()?;
+    host.finish()
+}
+
 /// Waits until a shrink is under way: some blocks are gone and some are still to go.
 fn wait_midway(disk: &Disk, guest: &mut Guest, below: u64) -> Result<u64> {
-    let deadline = vssd_tests::wait::Deadline::after(Duration::from_secs(20));
+    let deadline = Deadline::after(Duration::from_secs(20));
     deadline
         .poll("the shrink to begin", || {
             let plugged = disk.plugged(guest)?;
@@ -339,7 +385,7 @@ fn a_guest_that_reboots_reloads_or_unbinds_in_mid_shrink_goes_on_where_it_was() 
 }
 
 /// The state in which the newest job ended.
-fn job_state(said: &serde_json::Value) -> String {
+fn job_state(said: &Value) -> String {
     scenario::find(said, "state").and_then(|state| state.as_str()).unwrap_or("none").to_owned()
 }
 

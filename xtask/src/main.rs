@@ -57,6 +57,8 @@ enum Command {
     Sabotage,
     /// Build the guest driver for every kernel.
     Module,
+    /// Build the guest's agent as one program that needs no library of the guest.
+    Agent,
 }
 
 fn main() -> ExitCode {
@@ -86,6 +88,11 @@ fn run(command: &Command) -> Result<()> {
         Command::Miri => schedules::miri(),
         Command::Long(args) => long::run(args),
         Command::Sabotage => sabotage::run(&sabotage::build()?, &test::build()?),
+        Command::Agent => {
+            let agent = stages::build_static_agent()?;
+            println!("{}", agent.display());
+            Ok(())
+        }
         Command::Module => {
             vssd_tests::setup::ensure()?;
             stages::build_modules()

@@ -3,6 +3,7 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -113,6 +114,24 @@ pub(crate) fn build_binaries(extra: &[&str]) -> Result<()> {
     let mut args = vec!["build", "--workspace", "--bins", "--exclude", "xtask"];
     args.extend(extra);
     show(cargo(&args))
+}
+
+/// Builds the agent with its C library in it, for guests of any distribution and age.
+pub(crate) fn build_static_agent() -> Result<PathBuf> {
+    let target = &format!("{}-unknown-linux-gnu", env::consts::ARCH);
+    // Named, so that what is built for this machine meanwhile, such as macros, is linked as usual.
+    let mut build =
+        cargo(&["rustc", "--package", "vssd-agent", "--bin", "vssd-agent", "--release", "--target", target]);
+    build.args(["--", "-C", "target-feature=+crt-static"]);
+    show(build)?;
+    let agent = paths::profile_dir()?.with_file_name(target).join("release/vssd-agent");
+    let linked = Command::new("ldd").arg(&agent).output().context("start ldd")?;
+    let said = [linked.stdout, linked.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    if !["statically linked", "not a dynamic executable"].iter().any(|words| said.contains(words)) {
+        bail!("{} still needs libraries: {said}", agent.display());
+    }
+    Ok(agent)
 }
 
 /// Builds the driver for each kernel; a compiler warning is an error.

@@ -13,7 +13,18 @@ use crate::stages::{self, Stages, cargo, show};
 use crate::{fuzz, sabotage, schedules};
 
 /// Scenarios with guests that measure no time.
-const UNHURRIED: [&str; 6] = ["guest_vssd", "guest_agent", "guest_stock", "guest_boot", "demo", "harness"];
+const UNHURRIED: [&str; 10] = [
+    "guest_vssd",
+    "guest_agent",
+    "guest_agent_only",
+    "guest_service",
+    "guest_hints",
+    "guest_dm_cache",
+    "guest_stock",
+    "guest_boot",
+    "demo",
+    "harness",
+];
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
