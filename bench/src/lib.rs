@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Measures the data path of `vssd-backend` against `qemu-storage-daemon` and raw `fio` on the same medium in the same run.
+//! Measures the data path of `vssd-backend` against `qemu-storage-daemon` and raw `fio` on the same medium in the same run; and, in [`paper`],
+//! repeats the experiments of the paper that vSSDs come from.
 //!
 //! ```text
 //!   cases ──► experiment ──► run ──► peer (daemons, files) ◄── vhost-user ── client
@@ -16,6 +17,7 @@ pub mod client;
 pub mod experiment;
 pub mod memory;
 pub mod meter;
+pub mod paper;
 pub mod peer;
 pub mod placement;
 pub mod report;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask bench datapath`, which builds everything and starts this.
+//! `cargo xtask bench datapath` and `cargo xtask bench paper`, which build everything and start this.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use vssd_bench::cases::{self, Case};
 use vssd_bench::experiment;
+use vssd_bench::paper;
 use vssd_bench::peer::{Media, Pages};
 use vssd_bench::placement::Cpus;
 use vssd_bench::report::machine::Machine;
@@ -15,7 +16,7 @@ use vssd_bench::report::{Report, plot, table};
 use vssd_bench::run::{Bench, Effort};
 
 #[derive(Debug, Parser)]
-#[command(about = "Measures the data path of vssd-backend against its peers")]
+#[command(about = "Measures vssd-backend against its peers, and repeats the experiments of the paper")]
 struct Args {
     #[command(subcommand)]
     command: Command,
@@ -25,6 +26,8 @@ struct Args {
 enum Command {
     /// Speed and latency of reads and writes
     Datapath(Datapath),
+    /// The vSSD paper's three experiments on real guests, with a report
+    Paper(paper::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -59,8 +62,13 @@ struct Datapath {
 }
 
 fn main() -> ExitCode {
-    let Command::Datapath(args) = Args::parse().command;
-    match datapath(&args) {
+    let outcome = match Args::parse().command {
+        Command::Datapath(args) => datapath(&args),
+        Command::Paper(args) => {
+            paper::run(&args).map(|reached| if reached { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+    };
+    match outcome {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");

@@ -147,9 +147,50 @@ impl Meter {
     }
 }
 
+/// Watches how busy the machine is with programs that have no part in a measurement.
+#[derive(Debug)]
+pub struct Bystanders {
+    /// Those that have a part in it, beside this one.
+    pids: Vec<u32>,
+    at: Instant,
+    busy: Duration,
+    ours: Duration,
+}
+
+impl Bystanders {
+    /// From now on; the processes must outlive the measurement.
+    pub fn watch(pids: Vec<u32>) -> Result<Self> {
+        let ours = Self::ours(&pids)?;
+        Ok(Self { pids, at: Instant::now(), busy: busy_time()?, ours })
+    }
+
+    fn ours(pids: &[u32]) -> Result<Duration> {
+        let all = pids.iter().copied().chain([std::process::id()]);
+        all.map(process_time).sum()
+    }
+
+    /// Processors that others kept busy so far, on average.
+    pub fn cores(&self) -> Result<f64> {
+        let busy = busy_time()?.saturating_sub(self.busy);
+        let ours = Self::ours(&self.pids)?.saturating_sub(self.ours);
+        let wall = self.at.elapsed().as_secs_f64().max(1e-3);
+        Ok(busy.saturating_sub(ours).as_secs_f64() / wall)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bystanders_are_the_others() {
+        let watch = Bystanders::watch(Vec::new()).unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        let processors = std::thread::available_parallelism().unwrap().get() as f64;
+        let cores = watch.cores().unwrap();
+        assert!((0.0..processors + 0.5).contains(&cores), "{cores}");
+        assert!(Bystanders::watch(vec![0x0fff_fff0]).is_err());
+    }
 
     #[test]
     fn what_this_process_spends_is_not_foreign() {

@@ -63,7 +63,7 @@ pub fn svg(report: &Report) -> String {
         text(&mut axis, x - 12.0, TOP - 6.0, "normal", &count(10f64.powf(decade)));
         decade += 1.0;
     }
-    let machine = &report.machine;
+    let machine = &report.machine.host;
     let title = format!("IOPS and ratio to the peer; {} × {}", machine.processors, machine.processor);
     text(&mut axis, 10.0, 16.0, "bold", &title);
     format!(

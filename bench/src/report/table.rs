@@ -16,10 +16,10 @@ pub fn heading(report: &Report) -> String {
     let (machine, effort) = (&report.machine, &report.effort);
     format!(
         "{} × {}, {} GiB, Linux {}; {}; NV-RAM is tmpfs with pages of {}\nmedians of {} interleaved runs of {} after {} of warm-up\n",
-        machine.processors,
-        machine.processor,
-        machine.memory_gib,
-        machine.kernel,
+        machine.host.processors,
+        machine.host.processor,
+        machine.host.memory_gib,
+        machine.host.kernel,
         machine.versions.join("; "),
         machine.nvram_pages.name(),
         effort.rounds,
