@@ -32,7 +32,7 @@ pub fn run(bench: &mut Bench) -> Result<CaseReport> {
     let runtime = bench.media.runtime().join("g");
     std::fs::create_dir_all(&runtime)?;
     let file = bench.media.dir(Medium::Nvram).join("guest");
-    // Takes memory only for what is written to it: next to nothing.
+    // Sparse. The daemon zeroes it in the background, and is gone long before that fills memory.
     File::create(&file)?.set_len(Media::pool_bytes(MOVED + KEPT))?;
     let options = VssdOptions { build: VssdBuild::Product, workers: 2, queues: 2, poll_us: 0 };
     let server = Server::new_vssd(&file, Medium::Nvram, &[VSSD], MOVED + KEPT, options, None, &runtime)?;

@@ -53,7 +53,7 @@ pub fn run(bench: &mut Bench) -> Result<CaseReport> {
     let runtime = bench.media.runtime().join("r");
     std::fs::create_dir_all(&runtime)?;
     let file = bench.media.dir(Medium::Nvram).join("protocol");
-    // Takes memory only for what is written to it: next to nothing.
+    // Sparse. The daemon zeroes it in the background, and is gone long before that fills memory.
     File::create(&file)?.set_len(Media::pool_bytes(FULL))?;
     let options = VssdOptions { build: VssdBuild::Product, workers: 1, queues: 2, poll_us: 0 };
     let server =
