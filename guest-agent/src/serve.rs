@@ -170,7 +170,7 @@ impl Server<'_> {
             if going >= wanted {
                 self.disk.wait(GOING)?;
                 // Whatever keeps them, the driver tells the host.
-                if self.disk.look()?.plugged_blocks == status.plugged_blocks {
+                if disk::status(self.disk.name())?.plugged_blocks == status.plugged_blocks {
                     return Ok(Round::Over);
                 }
                 continue;
@@ -214,8 +214,9 @@ impl Server<'_> {
         if !evicted.is_empty() {
             self.cover(status, &evicted)?;
         }
-        // Some may have come back meanwhile; they are let go of now. What changes from here on is for the next round.
-        let seen = self.disk.look()?;
+        // Some may have come back meanwhile; they are let go of now. What is news by now is for the next round, which must not be
+        // kept waiting: the host may ask for some.
+        let seen = disk::status(self.disk.name())?;
         let evicted = self.disk.evicted(status.total_blocks)?;
         match self.source.keep(&seen, &evicted) {
             // There is nothing to let go of, until something is mounted.

@@ -216,6 +216,17 @@ fn settled(guest: &mut Guest, cache: &Cache, agent: &Job) -> Result<()> {
     waited.with_context(|| format!("{said}\n{}", String::from_utf8_lossy(&agent.stdout())))
 }
 
+/// What is the case, for the report of a failure.
+fn look_around(guest: &mut Guest) -> String {
+    let said = guest.sh_within(
+        "dmsetup info -c; dmsetup table; dmsetup status --noflush; cat /proc/vssd/*/status; \
+         for task in $(pidof vssd-agent dmsetup); do echo \"$task $(tr '\\0' ' ' < /proc/$task/cmdline)\"; \
+         for thread in /proc/$task/task/*; do cat $thread/wchan $thread/stack; echo; done; done",
+        Duration::from_secs(20),
+    );
+    said.map_or_else(|error| error.to_string(), |said| format!("{said:?}"))
+}
+
 /// No request ever met a block that had gone.
 fn nothing_missed(guest: &mut Guest, disk: &Disk) -> Result<()> {
     let status = disk.status(guest)?;
@@ -286,7 +297,7 @@ fn live_cache(kernel: &Kernel, qemu: QemuBinary, mode: &'static str, cycles: u32
             now = next;
             Ok(disk.plugged(&mut guest)? == plugged)
         })
-        .with_context(|| format!("cycle {cycle}: {}", said_by(&agent)))?;
+        .with_context(|| format!("cycle {cycle}: {}\n{}", said_by(&agent), look_around(&mut guest)))?;
         slowest = slowest.max(begun.elapsed());
         quickest = quickest.min(begun.elapsed());
         let smaller = hits(&mut guest)?;

@@ -169,13 +169,13 @@ fn a_cache_loses_its_coldest_objects_first_and_no_other_in_10_cycles() -> Result
     let (mut slowest, mut spare) = (Duration::ZERO, 0);
     for cycle in 0..CYCLES {
         let started = Instant::now();
-        let state = host.try_resize("shrink", NAME, bytes)?;
-        ensure!(
-            state == "done",
-            "cycle {cycle}: the shrink ended {state}\n{}\n{}",
-            String::from_utf8_lossy(&agent.stdout()),
-            guest.ok("cat /tmp/trace /tmp/report")?
-        );
+        // A cache that is slow to answer, because the machine is, may do so after the agent has said that there are no hints.
+        let shrink =
+            ["shrink", NAME, &bytes.to_string(), "--deadline", "60s", "--on-timeout", "wait", "--wait"];
+        let shrunk = host.ctl.ok(&shrink).with_context(|| {
+            format!("cycle {cycle}: {}", String::from_utf8_lossy(&agent.stdout()).into_owned())
+        });
+        shrunk.with_context(|| guest.ok("cat /tmp/trace /tmp/report").unwrap_or_default())?;
         slowest = slowest.max(started.elapsed());
         // Named and not needed: the cache's again.
         cache.wait(&mut guest, "hinted", 0)?;
@@ -205,9 +205,10 @@ fn a_cache_loses_its_coldest_objects_first_and_no_other_in_10_cycles() -> Result
     ensure!(report["lost"] == 0 && report["refused"] == 0, "slots went that the cache used: {report}");
     ensure!(report["hits"].as_u64() > Some(1000), "the cache was hardly used: {report}");
     ensure!(!agent.ended(), "the agent has ended: {}", String::from_utf8_lossy(&agent.stdout()));
+    let late = String::from_utf8_lossy(&agent.stdout()).matches("E_NO_HINTS").count();
     println!(
         "PASS {CYCLES} cycles, half of the cache each … {} objects read and right, {} put; what went is what was named first \
-         ({spare} named and not needed); slowest shrink {} ms; hits: {:.1} % before, {:.1} % while small, {:.1} % between, \
+         ({spare} named and not needed); slowest shrink {} ms ({late} answered late); hits: {:.1} % before, {:.1} % while small, {:.1} % between, \
          {:.1} % after",
         report["hits"],
         report["puts"],

@@ -37,8 +37,8 @@ use crate::blocks::BlockSet;
 use crate::disk::Status;
 use crate::error::{AgentError, Result};
 
-/// How long programs have to bring hints once the host has asked. The driver waits longer for the agent.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long programs have to bring hints once the host has asked: as long as the driver gives those that bring them themselves.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// A program that replaces its file again and again is read no more often than this.
 const BREATH: Duration = Duration::from_millis(5);
 
