@@ -17,7 +17,7 @@ use vssd_protocol::units::BlockRange;
 
 use crate::blocks::BlockSet;
 use crate::error::{AgentError, Result};
-use crate::source::Estimate;
+use crate::estimate::Estimate;
 
 /// Where what is kept for as long as the guest runs is kept.
 pub(crate) const LOCKS: &str = "/run/vssd-agent";

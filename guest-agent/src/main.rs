@@ -15,6 +15,7 @@ mod blocks;
 mod config;
 mod disk;
 mod error;
+mod estimate;
 mod serve;
 mod source;
 mod status;

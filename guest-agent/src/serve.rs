@@ -21,7 +21,8 @@ use crate::blocks::BlockSet;
 use crate::config::DiskConfig;
 use crate::disk::{self, Disk, Status, Why};
 use crate::error::{AgentError, Result};
-use crate::source::{self, Estimate, Source};
+use crate::estimate::Estimate;
+use crate::source::{self, Source};
 
 /// News ends a wait; this is for what brings none: a file system that is mounted or has become emptier.
 const IDLE: Duration = Duration::from_secs(10);

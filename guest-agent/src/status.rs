@@ -9,7 +9,8 @@ use crate::blocks::BlockSet;
 use crate::config::Config;
 use crate::disk::{self, Status};
 use crate::error::{AgentError, Result};
-use crate::source::{self, Estimate, Source};
+use crate::estimate::Estimate;
+use crate::source::{self, Source};
 use crate::stock;
 
 #[derive(Debug, Serialize)]

@@ -47,11 +47,12 @@ use self::note::Note;
 use self::plan::{Place, SECTOR};
 use self::pull::Pull;
 use self::text::{CacheStatus, CacheTable, Device, Mode, View};
-use super::{Estimate, Source};
+use super::Source;
 use crate::blocks::BlockSet;
 use crate::config::{DiskConfig, Share};
 use crate::disk::{LOCKS, Status};
 use crate::error::{AgentError, Result};
+use crate::estimate::Estimate;
 
 /// Follows the name of FAST while there are two of them.
 const SECOND: &str = "-vssd";

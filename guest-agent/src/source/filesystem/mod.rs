@@ -27,11 +27,12 @@ use self::balloon::{Balloon, Space};
 use self::layout::Geometry;
 use self::mount::Mount;
 use self::pull::{Need, Pull};
-use super::{Estimate, Source};
+use super::Source;
 use crate::blocks::BlockSet;
 use crate::config::{DiskConfig, Share};
 use crate::disk::Status;
 use crate::error::{AgentError, Result};
+use crate::estimate::Estimate;
 
 /// The most that is allocated at a time: the host sees progress in between.
 const STEP: u64 = 1 << 30;

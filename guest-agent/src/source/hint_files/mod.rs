@@ -32,10 +32,11 @@ use vssd_protocol::units::BlockRange;
 
 use self::folder::Folder;
 use self::wish::Wish;
-use super::{Estimate, Source};
+use super::Source;
 use crate::blocks::BlockSet;
 use crate::disk::Status;
 use crate::error::{AgentError, Result};
+use crate::estimate::Estimate;
 
 /// How long programs have to bring hints once the host has asked: as long as the driver gives those that bring them themselves.
 const PATIENCE: Duration = Duration::from_secs(3);
