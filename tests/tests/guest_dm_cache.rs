@@ -282,10 +282,6 @@ fn live_cache(kernel: &Kernel, qemu: QemuBinary, mode: &'static str, cycles: u32
         // count all the same when they come.
         let patient = ["--deadline", "120s", "--on-timeout", "wait", "--no-wait"];
         host.ctl.ok(&[&["shrink", NAME, &bytes.to_string()], &patient[..]].concat())?;
-        if mode.contains("writeback") && cycle > 0 {
-            guest.ok("until dmsetup table cached | grep -q cleaner; do sleep 0.1; done; \
-                 killall -STOP guest_versions fio; sleep 1.5; killall -CONT guest_versions fio")?;
-        }
         let plugged = disk.total_blocks - bytes / disk.block_size;
         let (mut now, mut served) = (before, [0; 2]);
         until(90, "the shrink", || {
@@ -358,14 +354,14 @@ fn a_live_cache_shrinks_and_grows_ten_times_under_verified_io() -> Result<()> {
 
 #[test]
 fn a_writethrough_cache_of_a_newer_kernel_shrinks_and_grows() -> Result<()> {
-    live_cache(&Kernel::backports()?, QemuBinary::backports()?, "2 metadata2 writethrough smq 0", 6)
+    live_cache(&Kernel::backports()?, QemuBinary::backports()?, "2 metadata2 writethrough smq 0", 4)
 }
 
 /// The agent dies at any time, and the guest's power is cut, beside shrinks and grows: whoever comes next goes on.
 #[test]
 fn kills_of_the_agent_and_power_cuts_lose_nothing_and_leave_nothing_suspended() -> Result<()> {
-    const KILLS: u32 = 7;
-    const CUTS: u32 = 4;
+    const KILLS: u32 = 6;
+    const CUTS: u32 = 3;
     const SHRINK: u64 = 40 << 20;
     let _slot = guest_slot()?;
     let scratch = Scratch::new()?;
