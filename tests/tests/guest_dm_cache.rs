@@ -386,7 +386,7 @@ fn kills_of_the_agent_and_power_cuts_lose_nothing_and_leave_nothing_suspended() 
         settled(&mut guest, &cache, &agent)?;
         resize(&host)?;
         // Somewhere between the first command and the last.
-        let pause = rng.random_range(0..1200);
+        let pause = rng.random_range(200..1800);
         guest.ok(&format!("usleep {}; killall -KILL vssd-agent", pause * 1000))?;
         guest.wait(&agent, Duration::from_secs(10))?;
         let table = guest.ok("dmsetup table")?;
