@@ -457,6 +457,19 @@ static const struct proc_ops vssd_hints_ops = {
 	.proc_release	= vssd_hints_release,
 };
 
+/* Takes a whole write, from who may speak for the guest, as a text of VSSD_LINE_SIZE bytes. */
+static int vssd_copy_line(char *line, const char __user *buf, size_t size)
+{
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
+	if (size >= VSSD_LINE_SIZE)
+		return -EINVAL;
+	if (copy_from_user(line, buf, size))
+		return -EFAULT;
+	line[size] = '\0';
+	return 0;
+}
+
 /* ---- pull ---- */
 
 static int vssd_pull_parse(struct vssd *vssd, char *line, u32 *blocks, u32 *urgency)
@@ -492,13 +505,9 @@ static ssize_t vssd_pull_write(struct file *file, const char __user *buf, size_t
 	u64 ticket;
 	int err;
 
-	if (!capable(CAP_SYS_ADMIN))
-		return -EPERM;
-	if (size >= sizeof(line))
-		return -EINVAL;
-	if (copy_from_user(line, buf, size))
-		return -EFAULT;
-	line[size] = '\0';
+	err = vssd_copy_line(line, buf, size);
+	if (err)
+		return err;
 	err = vssd_pull_parse(vssd, line, &blocks, &urgency);
 	if (err)
 		return err;
@@ -542,13 +551,9 @@ static ssize_t vssd_estimate_write(struct file *file, const char __user *buf, si
 	u64 sum = 0;
 	int err, i;
 
-	if (!capable(CAP_SYS_ADMIN))
-		return -EPERM;
-	if (size >= sizeof(line))
-		return -EINVAL;
-	if (copy_from_user(line, buf, size))
-		return -EFAULT;
-	line[size] = '\0';
+	err = vssd_copy_line(line, buf, size);
+	if (err)
+		return err;
 	for (i = 0; i < ARRAY_SIZE(fields); i++) {
 		p = skip_spaces(p);
 		err = vssd_parse_number(&p, fields[i]);
