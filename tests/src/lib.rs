@@ -60,6 +60,7 @@ pub mod scenario;
 pub mod scratch;
 pub mod serial;
 pub mod setup;
+pub mod tool;
 pub mod wait;
 pub mod wire;
 

@@ -10,26 +10,18 @@
 //! ENODATA). `fill` prints `written` instead of `intact`.
 
 use std::alloc::{Layout, alloc_zeroed};
-use std::env;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::ExitCode;
 
 use vssd_tests::pattern::{self, Found};
+use vssd_tests::tool;
 
 const O_DIRECT: i32 = 0o40000;
 
 fn main() -> ExitCode {
-    let args: Vec<String> = env::args().skip(1).collect();
-    let words: Vec<&str> = args.iter().map(String::as_str).collect();
-    match run(&words) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("guest_blocks: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    tool::main("guest_blocks", run)
 }
 
 fn run(words: &[&str]) -> io::Result<()> {

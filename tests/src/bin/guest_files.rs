@@ -11,30 +11,23 @@
 //!
 //! Prints how many files and bytes there are.
 
-use std::env;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use vssd_tests::pattern::{self, Found};
+use vssd_tests::tool;
 
 /// Files that `churn` keeps.
 const KEEP: usize = 24;
 
 fn main() -> ExitCode {
-    let args: Vec<String> = env::args().skip(1).collect();
-    let words: Vec<&str> = args.iter().map(String::as_str).collect();
-    match run(&words) {
-        Ok((files, bytes)) => {
-            println!("files {files} bytes {bytes}");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("guest_files: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    tool::main("guest_files", |words| {
+        let (files, bytes) = run(words)?;
+        println!("files {files} bytes {bytes}");
+        Ok::<(), io::Error>(())
+    })
 }
 
 fn run(words: &[&str]) -> io::Result<(u64, u64)> {

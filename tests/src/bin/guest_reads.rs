@@ -9,7 +9,6 @@
 //! `read` prints how often each outcome was met as `OUTCOME COUNT`: `intact`, `zero`, `wrong`, or the error's number (`61` for ENODATA).
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fs::OpenOptions;
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -18,21 +17,14 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use vssd_tests::draw::Bell;
 use vssd_tests::pattern::{self, Found};
+use vssd_tests::tool;
 
 const O_DIRECT: i32 = 0o40000;
 /// What direct I/O wants buffers to be aligned to.
 const ALIGNMENT: usize = 4096;
 
 fn main() -> ExitCode {
-    let args: Vec<String> = env::args().skip(1).collect();
-    let words: Vec<&str> = args.iter().map(String::as_str).collect();
-    match run(&words) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("guest_reads: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    tool::main("guest_reads", run)
 }
 
 fn run(words: &[&str]) -> Result<()> {

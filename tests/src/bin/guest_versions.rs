@@ -11,7 +11,6 @@
 //! `synced STEPS` when all that it had written by then is durable, and at its end how many steps it made, and for how many milliseconds
 //! the slowest of them took. I/O is direct.
 
-use std::env;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -24,6 +23,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use vssd_tests::pattern::{self, Found};
+use vssd_tests::tool;
 
 const O_DIRECT: i32 = 0o40000;
 const BLOCK: usize = 4096;
@@ -35,15 +35,7 @@ const SYNC: u64 = 64;
 const PAUSE: Duration = Duration::from_millis(10);
 
 fn main() -> ExitCode {
-    let args: Vec<String> = env::args().skip(1).collect();
-    let words: Vec<&str> = args.iter().map(String::as_str).collect();
-    match run(&words) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("guest_versions: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    tool::main("guest_versions", run)
 }
 
 fn run(words: &[&str]) -> Result<()> {
