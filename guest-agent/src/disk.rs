@@ -16,33 +16,13 @@ pub(crate) use vssd_client::{Status, list};
 use vssd_protocol::units::BlockRange;
 
 use crate::blocks::BlockSet;
-use crate::error::{AgentError, Result};
+use crate::error::{AgentError, Result, Why};
 use crate::estimate::Estimate;
 
 /// Where what is kept for as long as the guest runs is kept.
 pub(crate) const LOCKS: &str = "/run/vssd-agent";
 /// A write is taken line by line; this many bytes at a time.
 const WRITE: usize = 32 << 10;
-
-/// Why no more hints come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Why {
-    Nothing,
-    Busy,
-    Policy,
-    Error,
-}
-
-impl Why {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Nothing => "nothing",
-            Self::Busy => "busy",
-            Self::Policy => "policy",
-            Self::Error => "error",
-        }
-    }
-}
 
 /// A vSSD that is served by this process. While it is open, the driver waits for its hints.
 #[derive(Debug)]

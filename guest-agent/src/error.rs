@@ -12,6 +12,27 @@ use crate::source::dm_cache::CacheError;
 
 pub(crate) type Result<T> = std::result::Result<T, AgentError>;
 
+/// Why no more blocks go, as the host is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Why {
+    Nothing,
+    Busy,
+    Policy,
+    Error,
+}
+
+impl Why {
+    /// The driver's word for it.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::Busy => "busy",
+            Self::Policy => "policy",
+            Self::Error => "error",
+        }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AgentError {
     #[error("{path}: {what}", path = path.display())]
@@ -76,6 +97,17 @@ impl AgentError {
             cause = error.source();
         }
         text
+    }
+
+    /// What the host is told when this keeps blocks from going.
+    pub(crate) fn why(&self) -> Why {
+        match self {
+            Self::Full { .. } | Self::Fragmented { .. } | Self::NoHints { .. } => Why::Nothing,
+            Self::Unsuitable { .. } | Self::NotMounted { .. } | Self::Hints { .. } => Why::Policy,
+            Self::Cache(error) => error.why(),
+            error if error.is_read_only() => Why::Policy,
+            _ => Why::Error,
+        }
     }
 
     pub(crate) fn is_read_only(&self) -> bool {

@@ -52,14 +52,17 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<()> {
     let config = Config::load(cli.config.as_deref())?;
-    let disks = if cli.disks.is_empty() { all_disks() } else { cli.disks.clone() };
+    let disks = || found_besides(&cli.disks, &BTreeSet::new());
     match cli.command.unwrap_or(Command::Run) {
-        Command::Status { json } => status::print(&disks, &config, json),
-        Command::Run if disks.is_empty() && cli.dry_run => {
-            let what = "there is none in /proc/vssd, and no virtio disk whose serial number is a vSSD's";
-            Err(AgentError::no_disk("nothing", io::Error::new(io::ErrorKind::NotFound, what)))
+        Command::Status { json } => status::print(&disks(), &config, json),
+        Command::Run if cli.dry_run => {
+            let disks = disks();
+            if disks.is_empty() {
+                let what = "there is none in /proc/vssd, and no virtio disk whose serial number is a vSSD's";
+                return Err(AgentError::no_disk("nothing", io::Error::new(io::ErrorKind::NotFound, what)));
+            }
+            status::print_plan(&disks, &config)
         }
-        Command::Run if cli.dry_run => status::print_plan(&disks, &config),
         Command::Run => serve_all(&cli.disks, &config),
     }
 }
@@ -76,19 +79,23 @@ fn serve_all(named: &[String], config: &Config) -> Result<()> {
     }
     let (ended, end) = mpsc::channel();
     let mut served = BTreeSet::new();
-    if named.is_empty() && all_disks().is_empty() {
-        info!("there is no vSSD here yet; waits for one");
-    }
+    let mut waits = false;
     loop {
-        let found = if named.is_empty() { all_disks() } else { named.to_vec() };
-        for name in found {
-            if served.insert(name.clone()) {
-                let (config, ended) = (config.of(&name), ended.clone());
-                thread::spawn(move || {
-                    let outcome = serve_one(&name, &config);
-                    ended.send((name, outcome))
-                });
-            }
+        for name in found_besides(named, &served) {
+            served.insert(name.clone());
+            let (config, ended) = (config.of(&name), ended.clone());
+            thread::spawn(move || {
+                let outcome = serve_one(&name, &config);
+                if outcome.is_ok() {
+                    // It has gone. One that was named is looked for again, but not all the time.
+                    thread::sleep(LOOK_FOR_DISKS);
+                }
+                ended.send((name, outcome))
+            });
+        }
+        if served.is_empty() && !waits {
+            info!("there is no vSSD here yet; waits for one");
+            waits = true;
         }
         // Disks come and go, and change their names when another driver takes them.
         match end.recv_timeout(LOOK_FOR_DISKS) {
@@ -104,9 +111,13 @@ fn serve_one(name: &str, config: &DiskConfig) -> Result<()> {
     if disk::has_driver(name) { serve::serve(name, config) } else { stock::serve(name, config) }
 }
 
-/// The vSSDs of this guest, whichever driver they have.
-fn all_disks() -> Vec<String> {
-    let mut disks = disk::list();
-    disks.extend(stock::list());
+/// The disks that are named, or else the vSSDs of this guest, whichever driver they have; without those that are `known`.
+fn found_besides(named: &[String], known: &BTreeSet<String>) -> Vec<String> {
+    let is_new = |name: &String| !known.contains(name);
+    if !named.is_empty() {
+        return named.iter().filter(|name| is_new(name)).cloned().collect();
+    }
+    let mut disks: Vec<String> = disk::list().into_iter().filter(is_new).collect();
+    disks.extend(stock::list_besides(known));
     disks
 }

@@ -19,7 +19,7 @@ use vssd_protocol::units::{BlockRange, ByteCount};
 
 use crate::blocks::BlockSet;
 use crate::config::DiskConfig;
-use crate::disk::{self, Disk, Status, Why};
+use crate::disk::{self, Disk, Status};
 use crate::error::{AgentError, Result};
 use crate::estimate::Estimate;
 use crate::source::{self, Source};
@@ -187,17 +187,7 @@ impl Server<'_> {
     /// Says to the host, once for each of its wishes, that no more can go.
     fn refuse(&mut self, status: &Status, error: AgentError) -> Result<()> {
         if !self.has_ended(status) {
-            let why = match &error {
-                AgentError::Full { .. } | AgentError::Fragmented { .. } | AgentError::NoHints { .. } => {
-                    Why::Nothing
-                }
-                AgentError::Unsuitable { .. } | AgentError::NotMounted { .. } => Why::Policy,
-                AgentError::Hints { .. } => Why::Policy,
-                AgentError::Cache(error) => error.why(),
-                error if error.is_read_only() => Why::Policy,
-                _ => Why::Error,
-            };
-            self.disk.end(status.seq, why, 0)?;
+            self.disk.end(status.seq, error.why(), 0)?;
             self.ended = Some((status.epoch.clone(), status.seq));
         }
         Err(error)

@@ -3,6 +3,7 @@
 //! The way to the host through a driver that knows nothing of vSSDs: reads that make a letter, and the serial number, which the
 //! driver asks the device for each time it is read. Described in [`vssd_protocol::letter`]; it knows nothing of file systems.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -28,12 +29,13 @@ const AGAIN: Duration = Duration::from_millis(20);
 /// Enough for any device's rules about buffers of direct reads.
 const ALIGN: usize = 4096;
 
-/// The disks under a stock driver whose serial number says that they are vSSDs.
-pub(crate) fn list() -> Vec<String> {
+/// The disks under a stock driver whose serial number says that they are vSSDs. Those that are `known` are not asked: a serial
+/// number that is read behind a letter takes the answer to it away.
+pub(crate) fn list_besides(known: &BTreeSet<String>) -> Vec<String> {
     let entries = fs::read_dir(SYS).into_iter().flatten().flatten();
     let mut names: Vec<_> = entries
         .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| name.starts_with("vd") && is_vssd(name))
+        .filter(|name| name.starts_with("vd") && !known.contains(name) && is_vssd(name))
         .collect();
     names.sort();
     names

@@ -21,11 +21,11 @@ use vssd_protocol::letter::{Letter, Notice, Report, Shortfall};
 use vssd_protocol::units::{BlockRange, ByteCount};
 
 use self::line::Line;
-pub(crate) use self::line::list;
+pub(crate) use self::line::list_besides;
 use crate::blocks::BlockSet;
 use crate::config::{DiskConfig, Kind};
 use crate::disk::{self, Status};
-use crate::error::{AgentError, Result};
+use crate::error::{AgentError, Result, Why};
 use crate::source::Source;
 use crate::source::filesystem::Filesystem;
 
@@ -103,11 +103,11 @@ impl Server<'_> {
         let status = status_of(self.name, block_size, total);
         let mut report = Report { seq: notice.seq, ..Report::default() };
         if let Err(error) = self.converge(line, notice, &status) {
-            report.shortfall = match &error {
-                AgentError::Full { .. } | AgentError::Fragmented { .. } => Shortfall::Nothing,
-                AgentError::Unsuitable { .. } | AgentError::NotMounted { .. } => Shortfall::Policy,
-                error if error.is_read_only() => Shortfall::Policy,
-                _ => Shortfall::Error,
+            report.shortfall = match error.why() {
+                Why::Nothing => Shortfall::Nothing,
+                Why::Busy => Shortfall::Busy,
+                Why::Policy => Shortfall::Policy,
+                Why::Error => Shortfall::Error,
             };
             if !matches!(error, AgentError::NotMounted { .. }) || notice.soft_blocks.is_some() {
                 self.complain(&error);

@@ -6,7 +6,7 @@ use std::io;
 
 use vssd_protocol::units::ByteCount;
 
-use crate::disk::Why;
+use crate::error::Why;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CacheError {
