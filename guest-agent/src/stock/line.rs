@@ -5,13 +5,14 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 use rustix::ioctl::{Setter, ioctl, opcode};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use tracing::debug;
@@ -45,7 +46,17 @@ fn is_vssd(name: &str) -> bool {
     serial(name).is_ok_and(|serial| serial.starts_with(SERIAL))
 }
 
-fn serial(name: &str) -> std::io::Result<String> {
+/// What a call that failed means. A disk that another driver takes has no bytes any more, then no device, and then no name.
+fn failure(what: &'static str, name: &str, path: &Path, source: io::Error) -> AgentError {
+    let no_device = matches!(Errno::from_io_error(&source), Some(Errno::NXIO | Errno::NODEV | Errno::NOENT));
+    if no_device || source.kind() == ErrorKind::UnexpectedEof || !is_vssd(name) {
+        AgentError::no_disk(name, source)
+    } else {
+        AgentError::io(what, path, source)
+    }
+}
+
+fn serial(name: &str) -> io::Result<String> {
     Ok(fs::read_to_string(Path::new(SYS).join(name).join("serial"))?.trim_end().to_owned())
 }
 
@@ -72,7 +83,7 @@ impl Line {
             .read(true)
             .custom_flags(direct)
             .open(&path)
-            .map_err(|source| AgentError::io("open", &path, source))?;
+            .map_err(|source| failure("open", name, &path, source))?;
         Ok(Self { name: name.to_owned(), path, device, logical, buffer: vec![0; 2 * ALIGN] })
     }
 
@@ -122,15 +133,9 @@ impl Line {
         let logical = self.logical;
         for block in letter.encode() {
             let piece = self.buffer.get_mut(at..at + logical).unwrap_or_default();
-            if let Err(source) = self.device.read_exact_at(piece, u64::from(block) * logical as u64) {
-                // A disk that another driver takes has no bytes any more, and then no name.
-                let is_gone = source.kind() == ErrorKind::UnexpectedEof || !is_vssd(&self.name);
-                return Err(if is_gone {
-                    AgentError::no_disk(&self.name, source)
-                } else {
-                    AgentError::io("read", &self.path, source)
-                });
-            }
+            self.device
+                .read_exact_at(piece, u64::from(block) * logical as u64)
+                .map_err(|source| failure("read", &self.name, &self.path, source))?;
         }
         Ok(())
     }
@@ -141,7 +146,7 @@ impl Line {
         block_size: u64,
         ranges: impl IntoIterator<Item = BlockRange>,
     ) -> Result<()> {
-        let failed = |source: std::io::Error| AgentError::io("discard blocks of", &self.path, source);
+        let failed = |source| failure("discard blocks of", &self.name, &self.path, source);
         let device = OpenOptions::new().write(true).open(&self.path).map_err(failed)?;
         for range in ranges {
             let bytes = [u64::from(range.start) * block_size, u64::from(range.count) * block_size];

@@ -103,6 +103,9 @@ impl Server<'_> {
         let status = status_of(self.name, block_size, total);
         let mut report = Report { seq: notice.seq, ..Report::default() };
         if let Err(error) = self.converge(line, notice, &status) {
+            if matches!(error, AgentError::NoDisk { .. }) {
+                return Err(error);
+            }
             report.shortfall = match error.why() {
                 Why::Nothing => Shortfall::Nothing,
                 Why::Busy => Shortfall::Busy,
