@@ -233,6 +233,21 @@ fn an_agent_hears_the_wish_and_the_operator_its_report() -> Result<()> {
     site.finish()
 }
 
+/// C-11: a job about a vSSD ends with it.
+#[test]
+fn a_wish_ends_with_its_vssd() -> Result<()> {
+    let (mut site, mut machine) = site()?;
+    ensure!(machine.queue(0)?.write(0, &content(1))? == S_OK);
+    let wish = json!({ "name": "vm1", "soft_bytes": 0 });
+    let answer: ReclaimAnswer = site.operator.call(method::DEVICE_RECLAIM, &wish)?;
+    let job = answer.job.context("no job")?;
+    ensure!(job.state == JobState::Created, "{job:?}");
+    let _: Value = site.operator.call(method::DEVICE_DELETE, &json!({ "name": "vm1", "force": true }))?;
+    let ended = site.operator.job(job.id)?;
+    ensure!(ended.state == JobState::Cancelled && ended.message.contains("deleted"), "{ended:?}");
+    site.finish()
+}
+
 /// V-55: an agent that cannot know which blocks are unplugged is told that some are.
 #[test]
 fn an_agent_is_told_of_holes_and_our_driver_is_not_asked_this_way() -> Result<()> {

@@ -174,6 +174,14 @@ pub struct Estimate {
     pub dirty: u32,
 }
 
+impl Estimate {
+    /// All of them, whatever they cost. A guest may say anything: this fits.
+    pub fn sum(&self) -> u64 {
+        let Self { free, clean_cold, clean_hot, dirty } = *self;
+        [free, clean_cold, clean_hot, dirty].into_iter().map(u64::from).sum()
+    }
+}
+
 /// Why bytes are no request. The chain is answered `VIRTIO_BLK_S_IOERR`; nothing has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {

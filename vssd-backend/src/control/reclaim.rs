@@ -213,11 +213,11 @@ impl Reclaim {
         fx
     }
 
-    /// Ends the job; the caller has taken the wish back.
-    pub fn cancel(&mut self, seen: Seen) -> Vec<Effect> {
+    /// Ends the job for the reason `why`; the caller has taken the wish back.
+    pub fn cancel(&mut self, why: &str, seen: Seen) -> Vec<Effect> {
         let mut fx = Vec::new();
         self.wish(None);
-        self.finish(JobState::Cancelled, "cancelled".to_owned(), None, seen, &mut fx);
+        self.finish(JobState::Cancelled, why.to_owned(), None, seen, &mut fx);
         fx
     }
 
@@ -392,7 +392,7 @@ mod tests {
         assert_eq!(ends(&reclaim.set(None, order(2), seen(800, 1))), [(1, JobState::Superseded)]);
         assert_eq!((reclaim.notice().soft_blocks, reclaim.job()), (None, None));
         reclaim.set(Some(300), order(3), seen(800, 2));
-        assert_eq!(ends(&reclaim.cancel(seen(800, 3))), [(3, JobState::Cancelled)]);
+        assert_eq!(ends(&reclaim.cancel("cancelled", seen(800, 3))), [(3, JobState::Cancelled)]);
         assert_eq!(reclaim.notice().soft_blocks, None);
         // The number of a notice comes round, and 0 stays "none seen".
         for blocks in 0..600 {

@@ -409,9 +409,7 @@ impl Owner {
         if device.negotiation.driver_kind() == DriverKind::Vssd {
             return;
         }
-        let total = u64::from(device.vssd.total_blocks());
-        let guest::Estimate { free, clean_cold, clean_hot, .. } = report.estimate();
-        if [report.held, free, clean_cold, clean_hot].into_iter().map(u64::from).sum::<u64>() > total {
+        if u64::from(report.held) + report.estimate().sum() > device.vssd.total_blocks().into() {
             debug!(device = device.vssd.name(), ?report, "an agent speaks of more than there is");
             return;
         }

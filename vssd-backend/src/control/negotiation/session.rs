@@ -321,9 +321,7 @@ impl Negotiation {
 
     /// What the guest could give is for operators to know; nothing follows from it here.
     fn report(&mut self, reply: ReplyId, estimate: guest::Estimate, fx: &mut Vec<Effect>) {
-        let guest::Estimate { free, clean_cold, clean_hot, dirty } = estimate;
-        let sum = [free, clean_cold, clean_hot, dirty].into_iter().map(u64::from).sum::<u64>();
-        if sum > self.total.into() {
+        if estimate.sum() > self.total.into() {
             self.answer(reply, RequestResult::Invalid, fx);
         } else {
             self.answer(reply, RequestResult::Ok, fx);

@@ -17,7 +17,7 @@ use super::stored::{Deadline, Stored};
 use super::{Device, Event, Owner, alarm, pick};
 use crate::control::fault::Fault;
 use crate::control::negotiation::{Actor, Plan, Resize, Tail, Wish};
-use crate::control::reclaim::{DEADLINE_MS, Order, Reclaim};
+use crate::control::reclaim::{DEADLINE_MS, Order};
 use crate::device::serial;
 
 type Answer<T> = Result<T, Fault>;
@@ -196,6 +196,7 @@ impl Owner {
             return Ok(());
         }
         self.apply(id, Event::Deleted(actor));
+        self.reclaim(id, |reclaim, seen| reclaim.cancel("the vSSD was deleted", seen));
         if let Err(error) = self.close_frontend(id) {
             error!(device = params.name, %error, "cannot close the socket of a vSSD");
         }
@@ -342,7 +343,7 @@ impl Owner {
             JobKind::Resize => self.apply(id, Event::Cancel(actor)),
             JobKind::Reclaim => {
                 self.store_soft(id, None)?;
-                self.reclaim(id, Reclaim::cancel);
+                self.reclaim(id, |reclaim, seen| reclaim.cancel("cancelled", seen));
             }
         }
         self.job(job)
