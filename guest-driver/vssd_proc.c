@@ -340,6 +340,9 @@ static int vssd_hints_line(struct vssd *vssd, char *line)
 
 	if (!strcmp(line, "clear"))
 		return vssd_hints_clear(&vssd->hints);
+	/* Whatever is written renews the wait for hints; this says nothing else. */
+	if (!strcmp(line, "wait"))
+		return 0;
 	if (str_has_prefix(line, "end "))
 		return vssd_hints_end(vssd, line + 4);
 	start_err = vssd_parse_number(&p, &start);

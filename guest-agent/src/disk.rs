@@ -119,10 +119,9 @@ impl Disk {
         self.tell(&mut self.hints()?, &format!("end {seq} {} {could_give}\n", why.word()))
     }
 
-    /// There may be hints yet. The driver's patience begins anew with each write to `hints`, and this one says nothing else: it is
-    /// about news that there are not.
+    /// There may be hints yet: the driver's patience begins anew.
     pub(crate) fn still_looking(&self) -> Result<()> {
-        self.end(u64::MAX, Why::Busy, 0)
+        self.tell(&mut self.hints()?, "wait\n")
     }
 
     /// Asks the host for more blocks.

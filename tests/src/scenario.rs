@@ -71,10 +71,17 @@ impl Medium {
 impl PoolHost {
     /// Makes a pool of `size` (`2G`) and serves it.
     pub fn new(scratch: &Scratch, medium: Medium, size: &str) -> Result<Self> {
+        Self::with(scratch, medium, size, &[])
+    }
+
+    /// The same, with more options for the daemon.
+    pub fn with(scratch: &Scratch, medium: Medium, size: &str, options: &[&str]) -> Result<Self> {
         let pool = scratch.join("pool");
         pool_command(&["create", medium.option(), &format!("{}:{size}", pool.display())])?;
         let runtime = scratch.join("run");
-        let daemon = Backend::pool(&[&pool], &runtime, &scratch.join("backend.log"))?.started()?;
+        let daemon = Backend::pool(&[&pool], &runtime, &scratch.join("backend.log"))?
+            .args(options.iter().copied())
+            .started()?;
         Ok(Self { daemon, ctl: Ctl::new(&control_socket(&runtime))?, pool, runtime })
     }
 
