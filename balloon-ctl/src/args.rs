@@ -5,33 +5,17 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::de::DeserializeOwned;
+use control_client::{CommonArgs, Millis, one_of, some_time};
 use vssd_protocol::control::{self, Class, OnTimeout, PullPolicy, is_valid_name};
 use vssd_protocol::units::ByteCount;
 
-use crate::size::{Millis, SizeChange, grow_amount, shrink_amount};
-
-/// Shown below the help and in the manual page.
-const EXIT_CODES: &str = "\
-Exit codes:
-  0  done
-  1  failed
-  2  wrong usage, or a value that the daemon does not accept
-  3  no such vSSD or job
-  4  refused by the guest, by a limit or policy, or because somebody else changed it
-  5  timed out: the deadline or --timeout passed, and the request may still be pending
-  6  the pool is full
-  7  the daemon cannot be reached
-  8  not permitted
-
-Sizes are bytes or a number with K, M, G, T, P, in powers of 1024: 64K, 20G, 20GiB, 1.5T.
-Times are seconds or a number with ms, s, m, h: 90, 500ms, 5m.";
+use crate::PROGRAM;
+use crate::size::{SizeChange, grow_amount, shrink_amount};
 
 /// Manage the vSSDs of a pool: disks that grow and shrink while their guests run.
 #[derive(Debug, Parser)]
-#[command(name = "balloon-ctl", version, after_help = EXIT_CODES, propagate_version = true)]
+#[command(name = PROGRAM.name, version, after_help = PROGRAM.after_help(), propagate_version = true)]
 #[command(disable_help_subcommand = true, arg_required_else_help = true, args_override_self = true)]
 pub(crate) struct Cli {
     #[command(flatten)]
@@ -45,25 +29,11 @@ pub(crate) struct Cli {
 pub(crate) struct GlobalArgs {
     /// The daemon's control or monitor socket [default: /run/vssd/control.sock, else
     /// $XDG_RUNTIME_DIR/vssd/control.sock]
-    #[arg(short, long, global = true, value_name = "PATH", env = "BALLOON_CTL_SOCKET")]
+    #[arg(short, long, global = true, value_name = "PATH", env = PROGRAM.peer.socket_env)]
     #[arg(hide_env_values = true)]
     pub(crate) socket: Option<PathBuf>,
-    /// Print JSON: one object, or one object a line for streams
-    #[arg(long, global = true)]
-    pub(crate) json: bool,
-    /// Print sizes as exact bytes
-    #[arg(short = 'b', long = "bytes", global = true)]
-    pub(crate) exact: bool,
-    /// Print tables without the line of headers
-    #[arg(long, global = true)]
-    pub(crate) no_headers: bool,
-    /// Print only what was asked for and errors
-    #[arg(short, long, global = true)]
-    pub(crate) quiet: bool,
-    /// Give up when the daemon does not answer within this time [default: 10s]; a command that waits for
-    /// a job waits no longer than this [default: without limit]
-    #[arg(long, global = true, value_name = "SECONDS", value_parser = some_time)]
-    pub(crate) timeout: Option<Millis>,
+    #[command(flatten)]
+    pub(crate) common: CommonArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -274,7 +244,7 @@ pub(crate) struct CreateArgs {
     #[arg(long, value_name = "SIZE")]
     pub(crate) max: Option<ByteCount>,
     /// Which media its blocks may come from
-    #[arg(long, default_value = "any", value_parser = word::<Class>(&["any", "nvram", "ssd"]))]
+    #[arg(long, default_value = "any", value_parser = one_of::<Class>(&["any", "nvram", "ssd"]))]
     pub(crate) class: Class,
     #[command(flatten)]
     pub(crate) policy: PolicyArgs,
@@ -286,13 +256,13 @@ pub(crate) struct CreateArgs {
 #[derive(Debug, Args)]
 pub(crate) struct PolicyArgs {
     /// When a shrink's deadline passes: go on asking, give up, or take the blocks, data or not
-    #[arg(long, value_name = "POLICY", value_parser = word::<OnTimeout>(&["wait", "fail", "force"]))]
+    #[arg(long, value_name = "POLICY", value_parser = one_of::<OnTimeout>(&["wait", "fail", "force"]))]
     pub(crate) on_timeout: Option<OnTimeout>,
     /// Deadline of a shrink that names none; 0 for none
     #[arg(long, value_name = "TIME")]
     pub(crate) deadline: Option<Millis>,
     /// When the guest asks for more: tell the operator, or grant it within the limits
-    #[arg(long, value_name = "POLICY", value_parser = word::<PullPolicy>(&["notify", "grant"]))]
+    #[arg(long, value_name = "POLICY", value_parser = one_of::<PullPolicy>(&["notify", "grant"]))]
     pub(crate) pull: Option<PullPolicy>,
 }
 
@@ -321,7 +291,7 @@ pub(crate) struct ResizeArgs {
     pub(crate) deadline: Option<Millis>,
     /// When the deadline passes: go on asking, give up, or take the blocks, data or not [default: the
     /// vSSD's policy]
-    #[arg(long, value_name = "POLICY", value_parser = word::<OnTimeout>(&["wait", "fail", "force"]))]
+    #[arg(long, value_name = "POLICY", value_parser = one_of::<OnTimeout>(&["wait", "fail", "force"]))]
     pub(crate) on_timeout: Option<OnTimeout>,
     /// Only say what would happen
     #[arg(long)]
@@ -416,23 +386,6 @@ pub(crate) struct PoolCreateArgs {
     pub(crate) force: bool,
 }
 
-/// Parses one of `words` as serde spells `T`, so that each word exists once, in the protocol.
-fn word<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
-where
-    T: DeserializeOwned + Clone + Send + Sync + 'static,
-{
-    PossibleValuesParser::new(words)
-        .try_map(|text| serde_json::from_value::<T>(serde_json::Value::String(text)))
-}
-
-fn some_time(text: &str) -> Result<Millis, String> {
-    match text.parse::<Millis>() {
-        Ok(Millis(0)) => Err("it takes some time to answer".to_owned()),
-        Ok(time) => Ok(time),
-        Err(err) => Err(err.to_string()),
-    }
-}
-
 fn new_name(text: &str) -> Result<String, String> {
     if is_valid_name(text) {
         Ok(text.to_owned())
@@ -467,7 +420,7 @@ mod tests {
             &["-b", "resize", "vm1", "--no-wait", "--", "-2G"],
         ] {
             let cli = parse(args).unwrap_or_else(|err| panic!("{args:?}: {err}"));
-            assert!(cli.global.exact, "{args:?}");
+            assert!(cli.global.common.exact, "{args:?}");
             let Command::Resize { name, size, options } = cli.command else { panic!("{args:?}") };
             assert_eq!((name.as_str(), size), ("vm1", SizeChange::ShrinkBy(2 << 30)), "{args:?}");
             assert!(options.no_wait, "{args:?}");

@@ -5,11 +5,9 @@
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
+use control_client::{Millis, Output, eprint_line, has_colour, printable, word};
 use indicatif::{ProgressBar, ProgressStyle};
 use vssd_protocol::control::{JobInfo, JobState};
-
-use crate::output::{Output, eprint_line, has_colour, printable, word};
-use crate::size::Millis;
 
 #[derive(Debug)]
 pub(crate) struct Progress<'a> {
@@ -98,6 +96,7 @@ fn numbers(out: &Output, job: &JobInfo) -> String {
 
 #[cfg(test)]
 mod tests {
+    use control_client::CommonArgs;
     use vssd_protocol::control::JobKind;
 
     use super::*;
@@ -131,7 +130,7 @@ mod tests {
 
     #[test]
     fn numbers_give_rate_and_time_left_once_something_moved() {
-        let out = Output::new(false, false, true, false);
+        let out = Output::new(crate::PROGRAM.schema, &CommonArgs::default());
         let gib = 1 << 30;
         assert_eq!(numbers(&out, &job(40 * gib, 28 * gib, 40 * gib, 5000)), "0 B of 12 GiB");
         assert_eq!(

@@ -3,14 +3,12 @@
 //! What to give to a virtual machine monitor so that its guest gets a vSSD: ready to paste, with the limits
 //! of that monitor as comments. Texts only; [`run`] is all that asks the daemon.
 
+use control_client::{Error, Result, Session, word};
 use serde_json::{Value, json};
 use vssd_protocol::units::ByteCount;
 
 use super::device::fetch;
 use crate::args::Vmm;
-use crate::error::{CtlError, Result};
-use crate::output::word;
-use crate::session::Session;
 
 impl Vmm {
     fn as_str(self) -> &'static str {
@@ -103,7 +101,7 @@ fn commented(vmm: Vmm, snippet: &str, notes: &[&str]) -> String {
 fn snippet(vmm: Vmm, name: &str, socket: &str, options: Options) -> Result<String> {
     let Options { queues, memory } = options;
     if socket.contains(|c: char| c.is_control()) {
-        return Err(CtlError::Protocol(format!("socket path {socket:?}")));
+        return Err(Error::Protocol(format!("socket path {socket:?}")));
     }
     Ok(match vmm {
         Vmm::Qemu => {
@@ -156,7 +154,7 @@ fn snippet(vmm: Vmm, name: &str, socket: &str, options: Options) -> Result<Strin
 fn plain(vmm: Vmm, socket: &str) -> Result<&str> {
     if socket.contains(',') {
         let message = format!("{} cannot be told of {socket}: the path has a comma", vmm.as_str());
-        return Err(CtlError::Usage { message, hint: Some("give the daemon another runtime folder") });
+        return Err(Error::Usage { message, hint: Some("give the daemon another runtime folder") });
     }
     Ok(socket)
 }
@@ -195,7 +193,7 @@ mod tests {
         let firecracker = snippet(Vmm::Firecracker, "vm1", path, OPTIONS).unwrap();
         assert!(firecracker.contains(r#""socket":"/run/a '\''b'\'',c&d.sock""#), "{firecracker}");
         for vmm in [Vmm::CloudHypervisor, Vmm::Crosvm] {
-            assert!(matches!(snippet(vmm, "vm1", path, OPTIONS), Err(CtlError::Usage { .. })));
+            assert!(matches!(snippet(vmm, "vm1", path, OPTIONS), Err(Error::Usage { .. })));
         }
     }
 
@@ -203,7 +201,7 @@ mod tests {
     fn socket_path_that_would_break_the_line_is_refused() {
         assert!(matches!(
             snippet(Vmm::Qemu, "vm1", "/run/a\n-device evil", OPTIONS),
-            Err(CtlError::Protocol(_))
+            Err(Error::Protocol(_))
         ));
     }
 

@@ -4,6 +4,9 @@
 
 use std::cmp::Reverse;
 
+use control_client::{
+    Answer, Client, Millis, NOTHING, Output, Result, Session, confirm, require_terminal, word,
+};
 use serde_json::Value;
 use vssd_protocol::control::{
     CreateParams, DeleteParams, DeviceInfo, DeviceList, DriverKind, EstimateAnswer, EvictedParams,
@@ -11,11 +14,6 @@ use vssd_protocol::control::{
 };
 
 use crate::args::{CreateArgs, LimitsArgs, SortKey};
-use crate::client::{Answer, Client};
-use crate::error::Result;
-use crate::output::{NOTHING, Output, word};
-use crate::session::{Session, require_terminal};
-use crate::size::Millis;
 
 pub(crate) fn fetch(client: &mut Client, name: String) -> Result<Answer<DeviceInfo>> {
     client.call(method::DEVICE_SHOW, &NameParams { name })
@@ -143,7 +141,7 @@ pub(super) fn delete(session: &Session, name: String, force: bool, yes: bool, dr
         let device = fetch(&mut client, name.clone())?.typed;
         let used = session.out.size(device.allocated_bytes);
         let attached = if device.frontend.connected { ", which a guest is using," } else { "" };
-        session.confirm(&format!("delete {name}{attached} and the {used} of data on it?"))?;
+        confirm(&format!("delete {name}{attached} and the {used} of data on it?"))?;
     }
     let _: Answer<Value> =
         client.call(method::DEVICE_DELETE, &DeleteParams { name: name.clone(), force, dry_run })?;

@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use control_client::{Answer, Client, Error, Failure, Program, Session, has_colour, printable};
 use serde::Serialize;
 use serde_json::{Value, json};
 use vssd_protocol::control::{
@@ -15,11 +16,7 @@ use vssd_protocol::control::{
 };
 
 use super::device::frontend;
-use super::server::hello;
-use crate::client::{Answer, Client};
 use crate::error::{CtlError, Result};
-use crate::output::has_colour;
-use crate::session::Session;
 
 /// Below this, registering I/O buffers of several queues may fail.
 const MEMLOCK_WANTED: u64 = 64 << 20;
@@ -86,14 +83,14 @@ fn check_daemon(session: &Session, checks: &mut Vec<Check>) -> Daemon {
     let mut client = match session.connect() {
         Ok(client) => client,
         Err(err) => {
-            checks.push(judge_unreachable(&err));
+            checks.push(judge_unreachable(session.program, &err));
             return unknown;
         }
     };
-    let info = match hello(&mut client) {
+    let info = match client.hello::<ServerInfo>() {
         Ok(answer) => answer.typed,
         Err(err) => {
-            checks.push(judge_unreachable(&err));
+            checks.push(judge_unreachable(session.program, &err));
             return unknown;
         }
     };
@@ -104,17 +101,17 @@ fn check_daemon(session: &Session, checks: &mut Vec<Check>) -> Daemon {
             daemon.has_ssd = pool.media.iter().any(|medium| medium.kind == "ssd");
             checks.push(judge_pool(&pool));
         }
-        Err(err) => checks.push(Check::fail("pool", err.to_string(), err.hint().unwrap_or_default())),
+        Err(err) => checks.push(judge_refusal("pool", session.program, &err)),
     }
-    check_devices(&mut client, checks);
+    check_devices(session.program, &mut client, checks);
     daemon
 }
 
-fn check_devices(client: &mut Client, checks: &mut Vec<Check>) {
+fn check_devices(program: &Program, client: &mut Client, checks: &mut Vec<Check>) {
     let devices: Answer<DeviceList> = match client.call(method::DEVICE_LIST, &json!({})) {
         Ok(devices) => devices,
         Err(err) => {
-            checks.push(Check::fail("devices", err.to_string(), err.hint().unwrap_or_default()));
+            checks.push(judge_refusal("devices", program, &err));
             return;
         }
     };
@@ -129,8 +126,12 @@ fn check_devices(client: &mut Client, checks: &mut Vec<Check>) {
     }
 }
 
-fn judge_unreachable(err: &CtlError) -> Check {
-    Check { hint: err.hint(), ..Check::fail("socket", err.to_string(), "") }
+fn judge_unreachable(program: &Program, err: &Error) -> Check {
+    Check { hint: err.hint(program), ..Check::fail("socket", err.to_string(), "") }
+}
+
+fn judge_refusal(check: &'static str, program: &Program, err: &Error) -> Check {
+    Check::fail(check, err.to_string(), err.hint(program).unwrap_or_default())
 }
 
 fn judge_socket(path: &Path, info: &ServerInfo, metadata: Option<&fs::Metadata>) -> Check {
@@ -331,12 +332,9 @@ fn describe(check: &Check, is_coloured: bool) -> String {
         Some(device) => format!("{device} {}", check.check),
         None => check.check.to_owned(),
     };
-    let mut text = format!(
-        "{colour}{label}{plain}  {}",
-        crate::output::printable(&format!("{subject}: {}", check.message))
-    );
+    let mut text = format!("{colour}{label}{plain}  {}", printable(&format!("{subject}: {}", check.message)));
     if let Some(hint) = check.hint.as_deref().filter(|hint| !hint.is_empty()) {
-        text.push_str(&format!("\n      hint: {}", crate::output::printable(hint)));
+        text.push_str(&format!("\n      hint: {}", printable(hint)));
     }
     text
 }

@@ -4,14 +4,10 @@
 
 use std::time::Duration;
 
+use control_client::{Answer, Error, NOTHING, Output, Result, Session};
 use serde::Deserialize;
 use serde_json::Value;
 use vssd_protocol::control::{Event, SubscribeParams, Subscribed, method};
-
-use crate::client::Answer;
-use crate::error::{CtlError, Result};
-use crate::output::{NOTHING, Output};
-use crate::session::Session;
 
 /// How long the daemon may take between two of the events it has kept.
 const BACKLOG_GAP: Duration = Duration::from_secs(10);
@@ -36,12 +32,12 @@ pub(super) fn run(session: &Session, follow: bool, since: Option<u64>, types: &[
     while !out.is_closed() {
         let deadline = if follow { None } else { std::time::Instant::now().checked_add(BACKLOG_GAP) };
         let Some(raw) = client.next_event(deadline)? else {
-            return Err(CtlError::TimedOut {
+            return Err(Error::TimedOut {
                 message: format!("the daemon announced events up to {newest} and did not send them"),
                 hint: "`balloon-ctl events --follow` goes on with new ones".to_owned(),
             });
         };
-        let event = Event::deserialize(&raw).map_err(|err| CtlError::Protocol(format!("event: {err}")))?;
+        let event = Event::deserialize(&raw).map_err(|err| Error::Protocol(format!("event: {err}")))?;
         let is_wanted =
             types.is_empty() || types.iter().any(|prefix| event.event.starts_with(prefix.as_str()));
         if is_wanted || event.event == LOST {
@@ -94,17 +90,21 @@ fn details(out: &Output, data: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use control_client::CommonArgs;
     use serde_json::json;
+
+    use super::*;
 
     #[test]
     fn details_show_sizes_as_sizes_unless_exact() {
         let data = json!({
             "deadline_ms": null, "freeable_bytes": 7516192768u64, "message": "", "reason": "guest-busy", "uid": 0
         });
-        let human = Output::new(false, false, true, false);
+        let output =
+            |exact| Output::new(crate::PROGRAM.schema, &CommonArgs { exact, ..CommonArgs::default() });
+        let human = output(false);
         assert_eq!(details(&human, &data), "freeable=7 GiB, reason=guest-busy, uid=0");
-        let exact = Output::new(false, true, true, false);
+        let exact = output(true);
         assert_eq!(details(&exact, &data), "freeable_bytes=7516192768, reason=guest-busy, uid=0");
         assert_eq!(details(&human, &Value::Null), "");
         assert_eq!(details(&human, &json!([1])), "[1]");

@@ -5,22 +5,19 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use control_client::{Answer, Client, Error, Millis, NOTHING, Session, word};
 use serde_json::json;
 use vssd_protocol::control::{JobInfo, JobKind, JobList, JobParams, JobState, JobWaitParams, method};
 
-use crate::client::{Answer, Client};
 use crate::error::{CtlError, Result};
-use crate::output::{NOTHING, word};
 use crate::progress::Progress;
-use crate::session::Session;
-use crate::size::Millis;
 
 /// How long one `job.wait` may take: well below the daemon's limit, so that a dead daemon is noticed.
 const SLICE: Duration = Duration::from_secs(20);
 /// Least time between two questions, should the daemon answer without news.
 const PAUSE: Duration = Duration::from_millis(50);
 
-pub(super) fn list(session: &Session) -> Result<()> {
+pub(super) fn list(session: &Session) -> control_client::Result<()> {
     let answer: Answer<JobList> = session.connect()?.call(method::JOB_LIST, &json!({}))?;
     let out = &session.out;
     if out.json {
@@ -43,7 +40,7 @@ pub(super) fn list(session: &Session) -> Result<()> {
     )
 }
 
-pub(super) fn show(session: &Session, id: u64) -> Result<()> {
+pub(super) fn show(session: &Session, id: u64) -> control_client::Result<()> {
     let answer: Answer<JobInfo> = session.connect()?.call(method::JOB_SHOW, &JobParams { id })?;
     let out = &session.out;
     if out.json {
@@ -66,7 +63,7 @@ pub(super) fn show(session: &Session, id: u64) -> Result<()> {
     ])
 }
 
-pub(super) fn cancel(session: &Session, id: u64) -> Result<()> {
+pub(super) fn cancel(session: &Session, id: u64) -> control_client::Result<()> {
     let answer: Answer<JobInfo> = session.connect()?.call(method::JOB_CANCEL, &JobParams { id })?;
     let out = &session.out;
     if out.json {
@@ -91,7 +88,7 @@ pub(super) fn follow(
     session: &Session,
     client: &mut Client,
     first: Answer<JobInfo>,
-) -> Result<Answer<JobInfo>> {
+) -> control_client::Result<Answer<JobInfo>> {
     let give_up_at = session.give_up_at();
     let mut progress = Progress::new(&session.out, &first.typed);
     let mut last = first;
@@ -139,24 +136,26 @@ pub(super) fn verdict(session: &Session, job: JobInfo) -> Result<()> {
         out.size(from),
         out.size(now),
         Millis(job.elapsed_ms)
-    ))
+    ))?;
+    Ok(())
 }
 
 /// A daemon that starts again goes on with what was asked, under a new number.
-fn lost_sight(err: CtlError) -> CtlError {
+fn lost_sight(err: Error) -> Error {
     match err {
-        CtlError::Unreachable { path, reason, .. } => CtlError::Unreachable {
+        Error::Unreachable { path, reason, .. } => Error::Unreachable {
             path,
             reason,
-            hint: "what was asked is kept: once the daemon runs again, `balloon-ctl jobs` shows the job that goes on",
+            hint: "what was asked is kept: once the daemon runs again, `balloon-ctl jobs` shows the job that goes on"
+                .to_owned(),
         },
         other => other,
     }
 }
 
-fn still_pending(session: &Session, job: &JobInfo) -> CtlError {
+fn still_pending(session: &Session, job: &JobInfo) -> Error {
     let (id, out) = (job.id, &session.out);
-    CtlError::TimedOut {
+    Error::TimedOut {
         message: format!(
             "job {id} is still {}: {} is at {} ({} asked)",
             word(&job.state),

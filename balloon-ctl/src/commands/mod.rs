@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! The commands: each calls the daemon and hands what it learns to [`Output`](crate::output::Output).
+//! The commands: each calls the daemon and hands what it learns to [`Output`](control_client::Output).
 
 mod attach;
 mod device;
@@ -12,43 +12,45 @@ mod reclaim;
 mod resize;
 mod server;
 
+use control_client::Session;
+
 use crate::args::{Command, JobCommand, PoolCommand};
 use crate::error::Result;
-use crate::session::Session;
 
 /// Carries out what the command line asks for.
 pub(crate) fn run(session: &Session, command: Command) -> Result<()> {
     match command {
-        Command::List { sort } => device::list(session, sort),
-        Command::Show { name } => device::show(session, name),
-        Command::Create(args) => device::create(session, args),
-        Command::Delete { name, force, yes, dry_run } => device::delete(session, name, force, yes, dry_run),
-        Command::Resize { name, size, options } => resize::run(session, name, size, &options),
+        Command::List { sort } => device::list(session, sort)?,
+        Command::Show { name } => device::show(session, name)?,
+        Command::Create(args) => device::create(session, args)?,
+        Command::Delete { name, force, yes, dry_run } => device::delete(session, name, force, yes, dry_run)?,
+        Command::Resize { name, size, options } => resize::run(session, name, size, &options)?,
         Command::Grow { name, amount, options } | Command::Shrink { name, amount, options } => {
-            resize::run(session, name, amount, &options)
+            resize::run(session, name, amount, &options)?;
         }
-        Command::Estimate { name } => device::estimate(session, &name),
+        Command::Estimate { name } => device::estimate(session, &name)?,
         Command::Reclaim { name, size, deadline, no_wait, dry_run, .. } => {
-            reclaim::run(session, &name, size, &reclaim::Options { deadline, no_wait, dry_run })
+            reclaim::run(session, &name, size, &reclaim::Options { deadline, no_wait, dry_run })?;
         }
-        Command::Limits(args) => device::limits(session, args),
-        Command::Evicted { name } => device::evicted(session, name),
-        Command::Jobs => job::list(session),
-        Command::Job(JobCommand::Show { id }) => job::show(session, id),
-        Command::Job(JobCommand::Cancel { id }) => job::cancel(session, id),
-        Command::Job(JobCommand::Wait { id }) => job::wait(session, id),
-        Command::Events { follow, since, types } => events::run(session, follow, since, &types),
-        Command::Pool(PoolCommand::Status) => pool::status(session),
-        Command::Pool(PoolCommand::Create(args)) => pool::create(args),
-        Command::Pool(PoolCommand::Check { files }) => pool::check(session, files),
+        Command::Limits(args) => device::limits(session, args)?,
+        Command::Evicted { name } => device::evicted(session, name)?,
+        Command::Jobs => job::list(session)?,
+        Command::Job(JobCommand::Show { id }) => job::show(session, id)?,
+        Command::Job(JobCommand::Cancel { id }) => job::cancel(session, id)?,
+        Command::Job(JobCommand::Wait { id }) => job::wait(session, id)?,
+        Command::Events { follow, since, types } => events::run(session, follow, since, &types)?,
+        Command::Pool(PoolCommand::Status) => pool::status(session)?,
+        Command::Pool(PoolCommand::Create(args)) => pool::create(args)?,
+        Command::Pool(PoolCommand::Check { files }) => pool::check(session, files)?,
         Command::AttachInfo { name, vmm, queues, memory } => {
-            attach::run(session, name, vmm, attach::Options { queues, memory })
+            attach::run(session, name, vmm, attach::Options { queues, memory })?;
         }
-        Command::Doctor => doctor::run(session),
-        Command::Ping => server::ping(session),
-        Command::Version => server::version(session),
-        Command::Completion { shell } => server::completion(session, shell),
-        Command::Man { dir } => server::man(&dir),
-        Command::Rpc { method, params } => server::rpc(session, &method, params.as_deref()),
+        Command::Doctor => doctor::run(session)?,
+        Command::Ping => server::ping(session)?,
+        Command::Version => server::version(session)?,
+        Command::Completion { shell } => server::completion(session, shell)?,
+        Command::Man { dir } => server::man(&dir)?,
+        Command::Rpc { method, params } => server::rpc(session, &method, params.as_deref())?,
     }
+    Ok(())
 }

@@ -9,13 +9,11 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use control_client::{Answer, Error, Result, Session};
 use serde_json::json;
 use vssd_protocol::control::{PoolStatus, method};
 
 use crate::args::PoolCreateArgs;
-use crate::client::Answer;
-use crate::error::{CtlError, Result};
-use crate::session::Session;
 
 const BACKEND: &str = "vssd-backend";
 
@@ -93,7 +91,7 @@ pub(super) fn check(session: &Session, files: Vec<OsString>) -> Result<()> {
 fn become_backend(args: Vec<OsString>) -> Result<()> {
     let program = find_backend();
     let source = Command::new(&program).arg("pool").args(args).exec();
-    Err(CtlError::Local { what: format!("cannot run {}", program.display()), source })
+    Err(Error::Local { what: format!("cannot run {}", program.display()), source })
 }
 
 fn create_args(given: PoolCreateArgs) -> Vec<OsString> {

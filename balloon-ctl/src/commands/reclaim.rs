@@ -2,15 +2,13 @@
 
 //! `reclaim`: a wish to the agent of a guest whose driver cannot give blocks up.
 
+use control_client::{Answer, Millis, Session};
 use serde_json::Value;
 use vssd_protocol::control::{ReclaimAnswer, ReclaimParams, method};
 
 use super::job;
 use crate::args::SoftSize;
-use crate::client::Answer;
 use crate::error::Result;
-use crate::session::Session;
-use crate::size::Millis;
 
 pub(super) struct Options {
     pub(super) deadline: Option<Millis>,
@@ -31,10 +29,12 @@ pub(super) fn run(session: &Session, name: &str, size: SoftSize, options: &Optio
     let accepted = answer.typed.job.take().filter(|_| !options.no_wait);
     let Some(accepted) = accepted else {
         if out.json {
-            return out.object([("reclaim", answer.raw), ("dry_run", options.dry_run.into())]);
+            out.object([("reclaim", answer.raw), ("dry_run", options.dry_run.into())])?;
+        } else {
+            let mode = if options.dry_run { " (dry run)" } else { "" };
+            out.done(&format!("{name}{mode}: {}", answer.typed.plan))?;
         }
-        let mode = if options.dry_run { " (dry run)" } else { "" };
-        return out.done(&format!("{name}{mode}: {}", answer.typed.plan));
+        return Ok(());
     };
     out.note(&format!("job {}: {}", accepted.id, answer.typed.plan));
     let first = Answer { raw: answer.raw.get("job").cloned().unwrap_or(Value::Null), typed: accepted };

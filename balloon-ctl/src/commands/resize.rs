@@ -5,15 +5,13 @@
 //! A relative size is a read followed by a write. The write carries what was read (compare-and-set), so that
 //! of two operators who say `+2G` at once one is told instead of both getting what neither asked for.
 
+use control_client::{Answer, Error, Output, Session, confirm, require_terminal};
 use serde_json::{Value, json};
 use vssd_protocol::control::{DeviceInfo, ErrorCode, ResizeAnswer, ResizeParams, method};
 
 use super::{device, job};
 use crate::args::ResizeArgs;
-use crate::client::Answer;
-use crate::error::{CtlError, Refusal, Result};
-use crate::output::Output;
-use crate::session::{Session, require_terminal};
+use crate::error::Result;
 use crate::size::SizeChange;
 
 pub(super) fn run(session: &Session, name: String, change: SizeChange, options: &ResizeArgs) -> Result<()> {
@@ -32,7 +30,7 @@ pub(super) fn run(session: &Session, name: String, change: SizeChange, options: 
     };
     if let Some(device) = now.filter(|device| asks && size_bytes < device.plugged_bytes) {
         let out = &session.out;
-        session.confirm(&format!(
+        confirm(&format!(
             "take {} from {name} without asking its guest? Data in those blocks is lost",
             out.size(device.plugged_bytes - size_bytes)
         ))?;
@@ -52,16 +50,20 @@ pub(super) fn run(session: &Session, name: String, change: SizeChange, options: 
     let summary = format!("{}: {} -> {}", params.name, out.size(from_bytes), out.size(to_bytes));
     let Some(accepted) = job else {
         if out.json {
-            return out.object([("resize", answer.raw), ("dry_run", options.dry_run.into())]);
+            out.object([("resize", answer.raw), ("dry_run", options.dry_run.into())])?;
+        } else {
+            let mode = if options.dry_run { " (dry run)" } else { "" };
+            out.done(&format!("{summary}{mode}: {plan}"))?;
         }
-        let mode = if options.dry_run { " (dry run)" } else { "" };
-        return out.done(&format!("{summary}{mode}: {plan}"));
+        return Ok(());
     };
     if options.no_wait {
         if out.json {
-            return out.object([("resize", answer.raw), ("dry_run", false.into())]);
+            out.object([("resize", answer.raw), ("dry_run", false.into())])?;
+        } else {
+            out.done(&format!("{summary}: job {}", accepted.id))?;
         }
-        return out.done(&format!("{summary}: job {}", accepted.id));
+        return Ok(());
     }
     out.note(&format!("job {}: {plan}", accepted.id));
     let first = Answer { raw: answer.raw.get("job").cloned().unwrap_or(Value::Null), typed: accepted };
@@ -74,8 +76,13 @@ pub(super) fn run(session: &Session, name: String, change: SizeChange, options: 
     job::verdict(session, last.typed)
 }
 
-/// The size to ask for, and the requested size that it was reckoned from, where it depends on it.
-fn reckon(out: &Output, change: SizeChange, device: &DeviceInfo) -> Result<(u64, Option<u64>)> {
+/// The size to ask for, and the requested size that it was reckoned from, where it depends on it. What no number can say is
+/// refused here as the daemon would.
+fn reckon(
+    out: &Output,
+    change: SizeChange,
+    device: &DeviceInfo,
+) -> control_client::Result<(u64, Option<u64>)> {
     let base = device.requested_bytes;
     match change {
         SizeChange::To(bytes) => Ok((bytes, None)),
@@ -83,17 +90,15 @@ fn reckon(out: &Output, change: SizeChange, device: &DeviceInfo) -> Result<(u64,
         SizeChange::ToMax => Ok((device.max_bytes, None)),
         SizeChange::GrowBy(by) => base.checked_add(by).map(|size| (size, Some(base))).ok_or_else(|| {
             let (max, by) = (out.size(device.max_bytes), out.size(by));
-            refused(ErrorCode::AboveMax, format!("{} cannot grow by {by}: its maximum is {max}", device.name))
+            Error::refused(
+                ErrorCode::AboveMax,
+                format!("{} cannot grow by {by}: its maximum is {max}", device.name),
+            )
         }),
         SizeChange::ShrinkBy(by) => base.checked_sub(by).map(|size| (size, Some(base))).ok_or_else(|| {
             let (min, base, by) = (out.size(device.min_bytes), out.size(base), out.size(by));
             let message = format!("{} cannot give back {by} of {base}: its minimum is {min}", device.name);
-            refused(ErrorCode::BelowMin, message)
+            Error::refused(ErrorCode::BelowMin, message)
         }),
     }
-}
-
-/// The daemon would refuse it too, but no number says how far out of bounds it is.
-fn refused(code: ErrorCode, message: String) -> CtlError {
-    CtlError::Refused(Box::new(Refusal::new(code, message)))
 }

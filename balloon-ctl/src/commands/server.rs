@@ -7,25 +7,16 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::CommandFactory;
+use control_client::{Answer, Error, Millis, Result, Session};
 use serde_json::{Value, json};
-use vssd_protocol::control::{HelloParams, SCHEMA, ServerInfo, method};
+use vssd_protocol::control::ServerInfo;
 
 use crate::args::Cli;
-use crate::client::{Answer, Client};
-use crate::error::{CtlError, Result};
-use crate::session::Session;
-use crate::size::Millis;
-
-const VERSION: &str = env!("CARGO_PKG_VERSION");
-
-pub(crate) fn hello(client: &mut Client) -> Result<Answer<ServerInfo>> {
-    client.call(method::HELLO, &HelloParams { client: format!("balloon-ctl {VERSION}") })
-}
 
 pub(super) fn ping(session: &Session) -> Result<()> {
     let mut client = session.connect()?;
     let asked_at = Instant::now();
-    let answer = hello(&mut client)?;
+    let answer: Answer<ServerInfo> = client.hello()?;
     let round_trip = asked_at.elapsed();
     let out = &session.out;
     if out.json {
@@ -46,14 +37,14 @@ pub(super) fn ping(session: &Session) -> Result<()> {
 }
 
 pub(super) fn version(session: &Session) -> Result<()> {
-    let server = session.connect().and_then(|mut client| hello(&mut client));
-    let out = &session.out;
+    let server = session.connect().and_then(|mut client| client.hello::<ServerInfo>());
+    let (out, program) = (&session.out, session.program);
     if out.json {
         let server = server.map_or(Value::Null, |answer| answer.raw);
-        return out
-            .object([("client", json!({"name": "balloon-ctl", "version": VERSION})), ("server", server)]);
+        let client = json!({"name": program.name, "version": program.version});
+        return out.object([("client", client), ("server", server)]);
     }
-    out.line(&format!("balloon-ctl {VERSION} (schema {SCHEMA})"))?;
+    out.line(&format!("{} (schema {})", program.title(), program.schema))?;
     match server {
         Ok(answer) => {
             let info = answer.typed;
@@ -69,19 +60,19 @@ pub(super) fn version(session: &Session) -> Result<()> {
 
 pub(super) fn rpc(session: &Session, method: &str, params: Option<&str>) -> Result<()> {
     let params: Value = serde_json::from_str(params.unwrap_or("{}"))
-        .map_err(|err| CtlError::usage(format!("the parameters are no JSON: {err}")))?;
+        .map_err(|err| Error::usage(format!("the parameters are no JSON: {err}")))?;
     let result = session.connect()?.call_raw(method, params, Duration::ZERO)?;
     session.out.value(&result)
 }
 
 pub(super) fn completion(session: &Session, shell: clap_complete::Shell) -> Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "balloon-ctl", &mut script);
+    clap_complete::generate(shell, &mut Cli::command(), session.program.name, &mut script);
     session.out.text(&String::from_utf8_lossy(&script))
 }
 
 pub(super) fn man(dir: &Path) -> Result<()> {
     fs::create_dir_all(dir)
         .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
-        .map_err(|source| CtlError::Local { what: format!("cannot write to {}", dir.display()), source })
+        .map_err(|source| Error::Local { what: format!("cannot write to {}", dir.display()), source })
 }

@@ -10,71 +10,77 @@ use std::io::{self, ErrorKind, IsTerminal, Write};
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 use serde_json::{Map, Value};
-use vssd_protocol::control::SCHEMA;
 use vssd_protocol::units::ByteCount;
 
-use crate::error::{CtlError, Result};
+use crate::args::CommonArgs;
+use crate::error::{Error, Result};
 
 /// What stands where there is nothing to say.
-pub(crate) const NOTHING: &str = "-";
+pub const NOTHING: &str = "-";
 
+/// How one call of a program prints.
 #[derive(Debug)]
-pub(crate) struct Output {
-    pub(crate) json: bool,
-    pub(crate) exact: bool,
-    pub(crate) headers: bool,
-    pub(crate) quiet: bool,
-    /// Nobody reads standard output any more (`balloon-ctl events | head -1`): end without a word.
+pub struct Output {
+    schema: &'static str,
+    pub json: bool,
+    pub exact: bool,
+    headers: bool,
+    pub quiet: bool,
+    /// Nobody reads standard output any more (`… | head -1`): end without a word.
     closed: Cell<bool>,
 }
 
 impl Output {
-    pub(crate) fn new(json: bool, exact: bool, headers: bool, quiet: bool) -> Self {
-        Self { json, exact, headers, quiet, closed: Cell::new(false) }
+    /// `schema` is the first member of all JSON objects.
+    pub fn new(schema: &'static str, args: &CommonArgs) -> Self {
+        let &CommonArgs { json, exact, no_headers, quiet, .. } = args;
+        Self { schema, json, exact, headers: !no_headers, quiet, closed: Cell::new(false) }
     }
 
-    pub(crate) fn is_closed(&self) -> bool {
+    /// Whether nobody reads what is printed any more.
+    pub fn is_closed(&self) -> bool {
         self.closed.get()
     }
 
     /// A size for people, or in exact bytes where asked for.
-    pub(crate) fn size(&self, bytes: u64) -> String {
+    pub fn size(&self, bytes: u64) -> String {
         if self.exact { bytes.to_string() } else { ByteCount(bytes).to_string() }
     }
 
     /// One line of data.
-    pub(crate) fn line(&self, text: &str) -> Result<()> {
+    pub fn line(&self, text: &str) -> Result<()> {
         self.write(&printable(text))
     }
 
     /// Something done: only said to people who want to hear it.
-    pub(crate) fn done(&self, text: &str) -> Result<()> {
+    pub fn done(&self, text: &str) -> Result<()> {
         if self.quiet { Ok(()) } else { self.line(text) }
     }
 
     /// Said along the way, on standard error.
-    pub(crate) fn note(&self, text: &str) {
+    pub fn note(&self, text: &str) {
         if !self.quiet && !self.json {
             eprint_line(&printable(text));
         }
     }
 
-    /// The one object that `--json` prints: `{"schema":"vssd.v1", …}`.
-    pub(crate) fn object<const N: usize>(&self, members: [(&str, Value); N]) -> Result<()> {
-        self.write(&envelope(members))
+    /// The one object that `--json` prints: `{"schema":…, …}`.
+    pub fn object<const N: usize>(&self, members: [(&str, Value); N]) -> Result<()> {
+        self.write(&envelope(self.schema, members))
     }
 
     /// One JSON value on a line of its own.
-    pub(crate) fn value(&self, value: &Value) -> Result<()> {
+    pub fn value(&self, value: &Value) -> Result<()> {
         self.write(&value.to_string())
     }
 
     /// Text that ends its own lines and needs no cleaning: a script or a snippet made here.
-    pub(crate) fn text(&self, text: &str) -> Result<()> {
+    pub fn text(&self, text: &str) -> Result<()> {
         self.write(text.trim_end_matches('\n'))
     }
 
-    pub(crate) fn table<const N: usize>(
+    /// Rows of printable cells, below their headers unless those are not wanted.
+    pub fn table<const N: usize>(
         &self,
         headers: [&str; N],
         rows: impl IntoIterator<Item = [String; N]>,
@@ -90,7 +96,7 @@ impl Output {
     }
 
     /// Two columns: what, and its value. Has no headers.
-    pub(crate) fn pairs(&self, pairs: impl IntoIterator<Item = (&'static str, String)>) -> Result<()> {
+    pub fn pairs(&self, pairs: impl IntoIterator<Item = (&'static str, String)>) -> Result<()> {
         let mut table = bare_table();
         for (key, value) in pairs {
             table.add_row([key, &printable(&value)]);
@@ -120,13 +126,13 @@ impl Output {
                 self.closed.set(true);
                 Ok(())
             }
-            Err(source) => Err(CtlError::Local { what: "standard output".to_owned(), source }),
+            Err(source) => Err(Error::Local { what: "standard output".to_owned(), source }),
         }
     }
 }
 
 /// The word that the wire has for a value of one of the protocol's enums.
-pub(crate) fn word(value: &impl Serialize) -> String {
+pub fn word(value: &impl Serialize) -> String {
     match serde_json::to_value(value) {
         Ok(Value::String(word)) => word,
         _ => NOTHING.to_owned(),
@@ -134,16 +140,16 @@ pub(crate) fn word(value: &impl Serialize) -> String {
 }
 
 /// The object that `--json` prints, schema first.
-pub(crate) fn envelope<const N: usize>(members: [(&str, Value); N]) -> String {
+pub fn envelope<const N: usize>(schema: &str, members: [(&str, Value); N]) -> String {
     #[derive(Serialize)]
-    struct Envelope {
-        schema: &'static str,
+    struct Envelope<'a> {
+        schema: &'a str,
         #[serde(flatten)]
         members: Map<String, Value>,
     }
     let members = members.map(|(key, value)| (key.to_owned(), value)).into_iter().collect();
     // Serialising a map of values to a string has no way to fail.
-    serde_json::to_string(&Envelope { schema: SCHEMA, members }).unwrap_or_default()
+    serde_json::to_string(&Envelope { schema, members }).unwrap_or_default()
 }
 
 fn bare_table() -> Table {
@@ -153,7 +159,7 @@ fn bare_table() -> Table {
 }
 
 /// Prints an error for people: coloured on a terminal.
-pub(crate) fn print_error(code: &str, message: &str, hint: Option<&str>) {
+pub fn print_error(code: &str, message: &str, hint: Option<&str>) {
     let [red, cyan, plain] =
         if has_colour(&io::stderr()) { ["\x1b[1;31m", "\x1b[36m", "\x1b[0m"] } else { [""; 3] };
     eprint_line(&format!("{red}error[{}]{plain}: {}", printable(code), printable(message)));
@@ -163,12 +169,12 @@ pub(crate) fn print_error(code: &str, message: &str, hint: Option<&str>) {
 }
 
 /// Standard error may be gone too; there is nobody left to tell then.
-pub(crate) fn eprint_line(text: &str) {
+pub fn eprint_line(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 /// Colour is for terminals that can show it, and for people who have not said no (no-color.org).
-pub(crate) fn has_colour(stream: &impl IsTerminal) -> bool {
+pub fn has_colour(stream: &impl IsTerminal) -> bool {
     stream.is_terminal()
         && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
         && env::var_os("TERM").is_none_or(|term| term != "dumb")
@@ -176,7 +182,7 @@ pub(crate) fn has_colour(stream: &impl IsTerminal) -> bool {
 
 /// Without control characters and marks of writing direction: a guest chooses the name of its driver, and must not command the
 /// terminal of the operator who lists it.
-pub(crate) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     let is_harmful =
         |c: char| c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     text.chars().map(|c| if is_harmful(c) { '\u{fffd}' } else { c }).collect()
@@ -196,7 +202,17 @@ mod tests {
 
     #[test]
     fn sizes_are_human_or_exact() {
-        assert_eq!(Output::new(false, false, true, false).size(20 << 30), "20 GiB");
-        assert_eq!(Output::new(false, true, true, false).size(20 << 30), "21474836480");
+        let sized =
+            |exact| Output::new("lamp.v3", &CommonArgs { exact, ..CommonArgs::default() }).size(20 << 30);
+        assert_eq!(sized(false), "20 GiB");
+        assert_eq!(sized(true), "21474836480");
+    }
+
+    #[test]
+    fn schema_comes_first_whatever_the_members_are_called() {
+        assert_eq!(
+            envelope("lamp.v3", [("a", Value::from(1)), ("z", Value::Null)]),
+            r#"{"schema":"lamp.v3","a":1,"z":null}"#
+        );
     }
 }

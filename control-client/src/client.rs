@@ -4,7 +4,7 @@
 //!
 //! Everything that arrives is distrusted: lines have a greatest length, an answer must carry the number of
 //! its question, and no peer can make a call last longer than its limit by sending a little now and then.
-//! Knows no method.
+//! Knows no method but those that every daemon has.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -17,23 +17,26 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use vssd_protocol::control::{MAX_LINE, RpcRequest, method};
+use vssd_protocol::control::{HelloParams, MAX_LINE, RpcRequest, method};
 
-use crate::error::{CtlError, Refusal, Result};
-use crate::size::Millis;
+use crate::error::{Error, Refusal, Result};
+use crate::program::Program;
+use crate::time::Millis;
 
 const HINT_ENDED: &str = "it ended or was restarted; what was asked may or may not have happened";
 
 /// An answer as it came, and as the type it must be. Programs get the former, so that fields that a newer
 /// daemon adds reach them.
 #[derive(Debug)]
-pub(crate) struct Answer<T> {
-    pub(crate) raw: Value,
-    pub(crate) typed: T,
+pub struct Answer<T> {
+    pub raw: Value,
+    pub typed: T,
 }
 
+/// A connection to a daemon.
 #[derive(Debug)]
-pub(crate) struct Client {
+pub struct Client {
+    program: &'static Program,
     path: PathBuf,
     stream: UnixStream,
     /// Of a call.
@@ -48,9 +51,11 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    pub(crate) fn connect(path: &Path, limit: Duration) -> Result<Self> {
-        let stream = connect_within(path, limit)?;
+    /// Connects to the daemon of `program` at `path`; `limit` is that of connecting, and of each call.
+    pub fn connect(program: &'static Program, path: &Path, limit: Duration) -> Result<Self> {
+        let stream = connect_within(program, path, limit)?;
         Ok(Self {
+            program,
             path: path.to_owned(),
             stream,
             limit,
@@ -61,33 +66,35 @@ impl Client {
         })
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
+    /// Says which program this is, and asks the daemon the same.
+    pub fn hello<T: DeserializeOwned>(&mut self) -> Result<Answer<T>> {
+        self.call(method::HELLO, &HelloParams { client: self.program.title() })
+    }
+
     /// Calls `method` and takes its answer for a `T`.
-    pub(crate) fn call<T: DeserializeOwned>(
-        &mut self,
-        method: &str,
-        params: &impl Serialize,
-    ) -> Result<Answer<T>> {
+    pub fn call<T: DeserializeOwned>(&mut self, method: &str, params: &impl Serialize) -> Result<Answer<T>> {
         self.call_for(method, params, Duration::ZERO)
     }
 
     /// Calls a method that may take `patience` before it answers, and the usual time on top.
-    pub(crate) fn call_for<T: DeserializeOwned>(
+    pub fn call_for<T: DeserializeOwned>(
         &mut self,
         method: &str,
         params: &impl Serialize,
         patience: Duration,
     ) -> Result<Answer<T>> {
-        let params = serde_json::to_value(params).map_err(|err| CtlError::usage(err.to_string()))?;
+        let params = serde_json::to_value(params).map_err(|err| Error::usage(err.to_string()))?;
         let raw = self.call_raw(method, params, patience)?;
-        let typed = T::deserialize(&raw).map_err(|err| CtlError::Protocol(format!("{method}: {err}")))?;
+        let typed = T::deserialize(&raw).map_err(|err| Error::Protocol(format!("{method}: {err}")))?;
         Ok(Answer { raw, typed })
     }
 
-    pub(crate) fn call_raw(&mut self, method: &str, params: Value, patience: Duration) -> Result<Value> {
+    /// As [`Self::call_for`], with an answer of any type.
+    pub fn call_raw(&mut self, method: &str, params: Value, patience: Duration) -> Result<Value> {
         let limit = self.limit.saturating_add(patience);
         let deadline = deadline_in(limit);
         self.last_id += 1;
@@ -98,17 +105,17 @@ impl Client {
             method: method.to_owned(),
             params: Some(params),
         };
-        let mut line = serde_json::to_vec(&request).map_err(|err| CtlError::usage(err.to_string()))?;
+        let mut line = serde_json::to_vec(&request).map_err(|err| Error::usage(err.to_string()))?;
         line.push(b'\n');
         if line.len() > MAX_LINE {
-            return Err(CtlError::usage(format!(
+            return Err(Error::usage(format!(
                 "the request is {} bytes long, and a line has {MAX_LINE} at most",
                 line.len()
             )));
         }
         self.send(&line, deadline).and_then(|()| self.receive_answer(id, deadline)).map_err(|err| match err {
             Interrupted::Error(err) => err,
-            Interrupted::TimedOut => CtlError::TimedOut {
+            Interrupted::TimedOut => Error::TimedOut {
                 message: format!(
                     "the daemon did not answer {method} within {}",
                     Millis(u64::try_from(limit.as_millis()).unwrap_or(u64::MAX))
@@ -120,7 +127,7 @@ impl Client {
     }
 
     /// The next event; `None` when none comes before `deadline`.
-    pub(crate) fn next_event(&mut self, deadline: Option<Instant>) -> Result<Option<Value>> {
+    pub fn next_event(&mut self, deadline: Option<Instant>) -> Result<Option<Value>> {
         loop {
             if let Some(event) = self.events.pop_front() {
                 return Ok(Some(event));
@@ -176,7 +183,7 @@ impl Client {
                 }
                 let refusal: Refusal =
                     serde_json::from_value(error).map_err(|err| protocol(format!("error: {err}")))?;
-                return Err(CtlError::Refused(Box::new(refusal)).into());
+                return Err(Error::Refused(Box::new(refusal)).into());
             }
             if answered != id {
                 return Err(protocol(format!("it answers call {answered} instead of {id}")));
@@ -190,7 +197,7 @@ impl Client {
         if object.get("method").and_then(Value::as_str) == Some(method::EVENT) {
             match object.remove("params") {
                 Some(params) => self.events.push_back(params),
-                None => return Err(CtlError::Protocol("an event without params".to_owned())),
+                None => return Err(Error::Protocol("an event without params".to_owned())),
             }
         }
         Ok(())
@@ -246,7 +253,8 @@ impl Client {
     }
 
     fn lost(&self, reason: &str) -> Interrupted {
-        CtlError::Unreachable { path: self.path.clone(), reason: reason.to_owned(), hint: HINT_ENDED }.into()
+        Error::Unreachable { path: self.path.clone(), reason: reason.to_owned(), hint: HINT_ENDED.to_owned() }
+            .into()
     }
 }
 
@@ -254,17 +262,17 @@ impl Client {
 #[derive(Debug)]
 enum Interrupted {
     TimedOut,
-    Error(CtlError),
+    Error(Error),
 }
 
-impl From<CtlError> for Interrupted {
-    fn from(err: CtlError) -> Self {
+impl From<Error> for Interrupted {
+    fn from(err: Error) -> Self {
         Self::Error(err)
     }
 }
 
 fn protocol(message: String) -> Interrupted {
-    CtlError::Protocol(message).into()
+    Error::Protocol(message).into()
 }
 
 fn too_long() -> Interrupted {
@@ -287,16 +295,117 @@ fn remaining(deadline: Option<Instant>) -> std::result::Result<Option<Duration>,
 
 /// Connecting blocks without limit while the daemon's queue of connections is full, and the standard library
 /// offers no limit for Unix sockets: a thread takes the blocking.
-fn connect_within(path: &Path, limit: Duration) -> Result<UnixStream> {
+fn connect_within(program: &Program, path: &Path, limit: Duration) -> Result<UnixStream> {
     let (sender, receiver) = mpsc::sync_channel(1);
     let target = path.to_owned();
     thread::spawn(move || sender.send(UnixStream::connect(target)));
     match receiver.recv_timeout(limit) {
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(err)) => Err(CtlError::of_connect(path, &err)),
-        Err(_) => Err(CtlError::TimedOut {
+        Ok(Err(err)) => Err(Error::of_connect(program, path, &err)),
+        Err(_) => Err(Error::TimedOut {
             message: format!("{} takes no connection", path.display()),
             hint: "the daemon is stuck or has too many clients".to_owned(),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::net::UnixListener;
+    use std::thread::JoinHandle;
+
+    use serde_json::json;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::error::{Exit, Failure};
+    use crate::program::LAMPCTL;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    fn socket(dir: &TempDir) -> PathBuf {
+        dir.path().join("lamp.sock")
+    }
+
+    /// A daemon that answers the n-th request of its one client with the n-th lines, which may be none.
+    fn daemon(dir: &TempDir, answers: Vec<Vec<Value>>) -> JoinHandle<Vec<Value>> {
+        let listener = UnixListener::bind(socket(dir)).unwrap();
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut requests = BufReader::new(stream.try_clone().unwrap()).lines();
+            let mut heard = Vec::new();
+            for lines in answers {
+                heard.push(serde_json::from_str(&requests.next().unwrap().unwrap()).unwrap());
+                for line in lines {
+                    stream.write_all(format!("{line}\n").as_bytes()).unwrap();
+                }
+            }
+            heard
+        })
+    }
+
+    fn answer(id: u64, result: &Value) -> Value {
+        json!({"jsonrpc": "2.0", "id": id, "result": result})
+    }
+
+    #[test]
+    fn daemon_hears_which_program_asks_and_events_wait_for_their_turn() {
+        let dir = tempfile::tempdir().unwrap();
+        let event = json!({"jsonrpc": "2.0", "method": "event", "params": {"seq": 7}});
+        let other = json!({"jsonrpc": "2.0", "method": "weather", "params": {}});
+        let daemon =
+            daemon(&dir, vec![vec![other, event, answer(1, &json!({"server": "lampd", "later": 1}))]]);
+        let mut client = Client::connect(&LAMPCTL, &socket(&dir), LIMIT).unwrap();
+        #[derive(serde::Deserialize)]
+        struct Info {
+            server: String,
+        }
+        let info: Answer<Info> = client.hello().unwrap();
+        assert_eq!(info.typed.server, "lampd");
+        assert_eq!(info.raw["later"], 1);
+        assert_eq!(client.next_event(deadline_in(LIMIT)).unwrap(), Some(json!({"seq": 7})));
+        assert_eq!(
+            daemon.join().unwrap(),
+            [
+                json!({"jsonrpc": "2.0", "id": 1, "method": "server.hello", "params": {"client": "lampctl 3.2.1"}})
+            ]
+        );
+    }
+
+    #[test]
+    fn answer_to_a_call_that_was_given_up_is_not_taken_for_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let late = vec![answer(1, &json!("late")), answer(2, &json!("in time"))];
+        let daemon = daemon(&dir, vec![Vec::new(), late]);
+        let mut client = Client::connect(&LAMPCTL, &socket(&dir), Duration::from_millis(100)).unwrap();
+        let err = client.call::<Value>("lamp.show", &json!({})).unwrap_err();
+        assert_eq!((err.code(), err.exit()), ("E_TIMED_OUT", Exit::TimedOut));
+        assert_eq!(err.to_string(), "the daemon did not answer lamp.show within 100 ms");
+        assert_eq!(client.call_for::<String>("lamp.show", &json!({}), LIMIT).unwrap().typed, "in time");
+        daemon.join().unwrap();
+    }
+
+    #[test]
+    fn daemon_that_does_not_run_is_named_in_the_hint() {
+        let dir = tempfile::tempdir().unwrap();
+        let absent = Client::connect(&LAMPCTL, &socket(&dir), LIMIT).unwrap_err();
+        assert_eq!(absent.exit(), Exit::Unreachable);
+        assert!(absent.hint(&LAMPCTL).unwrap().starts_with("start the lamp daemon, "));
+        drop(UnixListener::bind(socket(&dir)).unwrap());
+        let deaf = Client::connect(&LAMPCTL, &socket(&dir), LIMIT).unwrap_err();
+        assert!(deaf.hint(&LAMPCTL).unwrap().contains("lampd has ended"));
+    }
+
+    #[test]
+    fn daemon_that_hangs_up_is_unreachable_and_its_answer_of_another_type_makes_no_sense() {
+        let dir = tempfile::tempdir().unwrap();
+        let daemon = daemon(&dir, vec![vec![answer(1, &json!(3))]]);
+        let mut client = Client::connect(&LAMPCTL, &socket(&dir), LIMIT).unwrap();
+        let wrong = client.call::<String>("lamp.show", &json!({})).unwrap_err();
+        assert_eq!((wrong.code(), wrong.exit()), ("E_PROTOCOL", Exit::Failed));
+        daemon.join().unwrap();
+        let gone = client.call::<String>("lamp.show", &json!({})).unwrap_err();
+        assert_eq!((gone.code(), gone.exit()), ("E_UNREACHABLE", Exit::Unreachable));
     }
 }
