@@ -44,7 +44,10 @@ impl Exit {
             | ErrorCode::Conflict
             | ErrorCode::InUse
             | ErrorCode::NoDriver
-            | ErrorCode::GuestRefused => Self::Refused,
+            | ErrorCode::GuestRefused
+            | ErrorCode::Budget
+            | ErrorCode::Lint
+            | ErrorCode::WrongState => Self::Refused,
             ErrorCode::TimedOut => Self::TimedOut,
             ErrorCode::PoolFull => Self::PoolFull,
             ErrorCode::Permission => Self::NotPermitted,
@@ -57,6 +60,8 @@ impl Exit {
             | ErrorCode::TooLarge
             | ErrorCode::Busy
             | ErrorCode::Media
+            | ErrorCode::State
+            | ErrorCode::Vmm
             | ErrorCode::Internal => Self::Failed,
         }
     }
@@ -276,6 +281,11 @@ mod tests {
             (ErrorCode::Busy, 1),
             (ErrorCode::Media, 1),
             (ErrorCode::Internal, 1),
+            (ErrorCode::Budget, 4),
+            (ErrorCode::State, 1),
+            (ErrorCode::Vmm, 1),
+            (ErrorCode::Lint, 4),
+            (ErrorCode::WrongState, 4),
         ] {
             let text = json!({"code": code.rpc_code(), "message": "m", "data": {"code": code}}).to_string();
             let err = refusal(&text);

@@ -129,6 +129,21 @@ pub enum ErrorCode {
     Media,
     #[serde(rename = "E_INTERNAL")]
     Internal,
+    /// `vm-host`: saving the VM too would take longer than the energy that is left after a power failure.
+    #[serde(rename = "E_BUDGET")]
+    Budget,
+    /// `vm-host`: a saved state, or the memory that it belongs to, is damaged, of another version, or used already.
+    #[serde(rename = "E_STATE")]
+    State,
+    /// `vm-host`: the hypervisor refused what it was asked, or ended.
+    #[serde(rename = "E_VMM")]
+    Vmm,
+    /// `vm-host`: a VM of this definition would not survive a power cut.
+    #[serde(rename = "E_LINT")]
+    Lint,
+    /// `vm-host`: the VM is not in a state in which this can be done.
+    #[serde(rename = "E_WRONG_STATE")]
+    WrongState,
 }
 
 impl ErrorCode {
@@ -154,6 +169,11 @@ impl ErrorCode {
             Self::TooLarge => -32012,
             Self::Busy => -32013,
             Self::Media => -32014,
+            Self::Budget => -32015,
+            Self::State => -32016,
+            Self::Vmm => -32017,
+            Self::Lint => -32018,
+            Self::WrongState => -32019,
         }
     }
 
@@ -179,6 +199,11 @@ impl ErrorCode {
             Self::Busy => "E_BUSY",
             Self::Media => "E_MEDIA",
             Self::Internal => "E_INTERNAL",
+            Self::Budget => "E_BUDGET",
+            Self::State => "E_STATE",
+            Self::Vmm => "E_VMM",
+            Self::Lint => "E_LINT",
+            Self::WrongState => "E_WRONG_STATE",
         }
     }
 }
@@ -732,9 +757,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn error_codes_have_one_spelling() {
-        for code in [ErrorCode::Parse, ErrorCode::NotFound, ErrorCode::GuestRefused, ErrorCode::Internal] {
-            assert_eq!(serde_json::to_value(code).unwrap(), Value::from(code.as_str()));
+    fn error_codes_have_one_spelling_and_a_number_each() {
+        // As a set of scripts may know them: neither the words nor the numbers change.
+        let codes = [
+            ("E_PARSE", -32700),
+            ("E_INVALID_REQUEST", -32600),
+            ("E_UNKNOWN_METHOD", -32601),
+            ("E_INVALID_PARAMS", -32602),
+            ("E_INTERNAL", -32603),
+            ("E_NOT_FOUND", -32001),
+            ("E_EXISTS", -32002),
+            ("E_BELOW_MIN", -32003),
+            ("E_ABOVE_MAX", -32004),
+            ("E_POOL_FULL", -32005),
+            ("E_CONFLICT", -32006),
+            ("E_IN_USE", -32007),
+            ("E_NO_DRIVER", -32008),
+            ("E_GUEST_REFUSED", -32009),
+            ("E_TIMED_OUT", -32010),
+            ("E_PERMISSION", -32011),
+            ("E_TOO_LARGE", -32012),
+            ("E_BUSY", -32013),
+            ("E_MEDIA", -32014),
+            ("E_BUDGET", -32015),
+            ("E_STATE", -32016),
+            ("E_VMM", -32017),
+            ("E_LINT", -32018),
+            ("E_WRONG_STATE", -32019),
+        ];
+        for (word, number) in codes {
+            let code: ErrorCode = serde_json::from_value(word.into()).unwrap();
+            assert_eq!((code.as_str(), code.rpc_code()), (word, number));
+            assert_eq!(serde_json::to_value(code).unwrap(), word);
         }
     }
 
