@@ -16,5 +16,10 @@
 //! is about to run, a new incarnation is made durable first, and a saved state counts only for the incarnation that it was
 //! saved from.**
 
+pub mod definition;
+pub mod fault;
 pub mod nvram;
 pub mod power;
+pub mod record;
+pub mod vm;
+pub mod vmm;

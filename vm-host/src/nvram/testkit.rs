@@ -33,7 +33,7 @@ impl Op {
     fn apply(&self, image: &mut Image) {
         match self {
             Self::Write { offset, bytes } => {
-                image.bytes[*offset..*offset + bytes.len()].copy_from_slice(bytes)
+                image.bytes[*offset..*offset + bytes.len()].copy_from_slice(bytes);
             }
             Self::File { name, len: Some(len) } => drop(image.files.insert(name.clone(), *len)),
             Self::File { name, len: None } => drop(image.files.remove(name)),

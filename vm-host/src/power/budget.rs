@@ -18,7 +18,7 @@
 use std::cmp::Reverse;
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// What there is. Times in microseconds.
@@ -37,7 +37,7 @@ pub struct Budget {
 }
 
 /// The worst case of each step of saving a VM, in microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Steps {
     /// Until its processors stand still and its disks are drained.
     pub stop_us: u64,
@@ -149,8 +149,7 @@ impl Budget {
     /// Whether `new` may run beside `running`. One with a name that is among those replaces it.
     pub fn admits(&self, running: &[Vm], new: &Vm) -> Result<Plan, Refusal> {
         let usable_us = self.usable_us();
-        let needed_us =
-            self.reaction_us.saturating_add(new.measured.unwrap_or(self.assumed).total_us());
+        let needed_us = self.reaction_us.saturating_add(new.measured.unwrap_or(self.assumed).total_us());
         if needed_us > usable_us {
             return Err(Refusal::TooLong { name: new.name.clone(), needed_us, usable_us });
         }

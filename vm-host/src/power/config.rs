@@ -342,7 +342,9 @@ impl SourceConfig {
 impl NutConfig {
     fn check(&self) -> Result<(), &'static str> {
         let word = |text: &str| {
-            !text.is_empty() && text.len() <= 128 && !text.contains(|c: char| c.is_control() || c.is_whitespace())
+            !text.is_empty()
+                && text.len() <= 128
+                && !text.contains(|c: char| c.is_control() || c.is_whitespace())
         };
         if self.host.is_empty() {
             return Err("its host is empty");
@@ -422,7 +424,8 @@ mod tests {
 
     #[test]
     fn mistakes_are_told() {
-        let source = |lines: &str| parse(&format!("[power]\n[[power.source]]\nname = \"x\"\n{lines}")).unwrap_err();
+        let source =
+            |lines: &str| parse(&format!("[power]\n[[power.source]]\nname = \"x\"\n{lines}")).unwrap_err();
         assert!(parse("[power]\nwindow = 1").unwrap_err().contains("unknown field `window`"));
         assert!(source("kind = \"nut\"\nups_name = \"a\"").contains("unknown field `ups_name`"));
         assert!(source("kind = \"nut\"\nups = \"a b\"").contains("no name of a UPS"));

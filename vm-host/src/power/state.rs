@@ -123,20 +123,43 @@ pub enum Effect {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "reason", rename_all = "kebab-case")]
 pub enum Reason {
-    OnBattery { source: SourceId },
-    LowBattery { source: SourceId },
-    ForcedShutdown { source: SourceId },
-    PowerFailing { source: SourceId },
+    OnBattery {
+        source: SourceId,
+    },
+    LowBattery {
+        source: SourceId,
+    },
+    ForcedShutdown {
+        source: SourceId,
+    },
+    PowerFailing {
+        source: SourceId,
+    },
     ShutdownPlanned,
-    RuntimeShort { source: SourceId, left_ms: u64, needed_ms: u64 },
-    LongOnBattery { ms: u64 },
-    SilentOnBattery { source: SourceId },
+    RuntimeShort {
+        source: SourceId,
+        left_ms: u64,
+        needed_ms: u64,
+    },
+    LongOnBattery {
+        ms: u64,
+    },
+    SilentOnBattery {
+        source: SourceId,
+    },
     /// Some VMs could not be saved.
-    Retry { failed: u32 },
-    PowerStable { ms: u64 },
+    Retry {
+        failed: u32,
+    },
+    PowerStable {
+        ms: u64,
+    },
     TestEnded,
     ShutdownCancelled,
-    SaveEnded { ok: u32, failed: u32 },
+    SaveEnded {
+        ok: u32,
+        failed: u32,
+    },
     ResumeEnded,
 }
 
@@ -174,10 +197,18 @@ pub enum Event {
         reason: Reason,
     },
     /// An alarm: the next failure may come unseen, or this one may be nearer than known.
-    SourceLost { source: SourceId, on_battery: bool },
-    SourceBack { source: SourceId },
+    SourceLost {
+        source: SourceId,
+        on_battery: bool,
+    },
+    SourceBack {
+        source: SourceId,
+    },
     /// An alarm.
-    SaveIncomplete { ok: u32, failed: u32 },
+    SaveIncomplete {
+        ok: u32,
+        failed: u32,
+    },
 }
 
 /// Where the machine is.
@@ -586,7 +617,8 @@ impl Machine {
     /// When it is to be expected: a runtime that was told is believed, but never to be longer than the window of a source that says
     /// it is about to end.
     fn darkness(&self, verdict: &Verdict, now_ms: u64) -> u64 {
-        let planned = self.planned.map(|(since, within)| since.saturating_add(within.unwrap_or(self.policy.window_ms)));
+        let planned =
+            self.planned.map(|(since, within)| since.saturating_add(within.unwrap_or(self.policy.window_ms)));
         let source = verdict.source.filter(|_| verdict.level > Level::Online);
         let failing = source.map(|id| {
             let place = usize::from(id.0);

@@ -301,9 +301,8 @@ impl Oracle {
                 }
             }
             Kind::OnBattery { runtime_left_ms } => {
-                let short = runtime_left_ms.is_some_and(|left| {
-                    now + self.policy.needed_ms + self.policy.margin_ms >= at + left
-                });
+                let short = runtime_left_ms
+                    .is_some_and(|left| now + self.policy.needed_ms + self.policy.margin_ms >= at + left);
                 let silent = lost.is_some_and(|since| now >= since + self.policy.lost_grace_ms);
                 if short || silent { Some(2) } else { Some(1) }
             }
@@ -361,8 +360,7 @@ impl Oracle {
             }
             Some(Input::Time) | None => {}
         }
-        let ranks: Vec<u8> =
-            (0..2).filter_map(|i| self.rank(self.words[i], self.lost[i], now)).collect();
+        let ranks: Vec<u8> = (0..2).filter_map(|i| self.rank(self.words[i], self.lost[i], now)).collect();
         let real = match self.policy.supplies {
             Supplies::Any => ranks.iter().max(),
             Supplies::All => ranks.iter().min(),

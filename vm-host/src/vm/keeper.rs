@@ -1,0 +1,729 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! The thread of one VM: orders in, one after the other; in between it watches the machine.
+//!
+//! ```text
+//!             Start                    Save, Hold              SwapOut
+//!   stopped ─────────► running ◄─────────────────────► saved ◄─────────► swapped-out
+//!      ▲  ▲              │   │         Resume           │  ▲    SwapIn
+//!      │  └── Stop, off ─┘   │ the power or the         │  └─ Hold ── paused ◄─ a disk's error, a failed save
+//!      │                     ▼ hypervisor goes          │ it cannot be used
+//!      └───── Discard ───── lost        broken ◄────────┘
+//! ```
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::OwnedFd;
+use serde_json::json;
+use tracing::{error, info, warn};
+use vssd_protocol::control::ErrorCode;
+
+use super::save::{Found, Kept};
+use super::status::{Status, VmState, Work};
+use super::{Answer, Letter, Order, Shared, VmNews, swap};
+use crate::definition::Definition;
+use crate::fault::Fault;
+use crate::nvram::{Nvram, SavedState};
+use crate::record::{Incarnation, Life, Record, Wanted};
+use crate::vmm::{Begin, Launch, Machine, Memory, Places, RunState, VmmError};
+
+/// How often those who watch long work see it.
+const SHOWN_EVERY: Duration = Duration::from_millis(100);
+/// A guest's agent that does not answer must not keep a thread for ever.
+const AGENT_LIMIT: Duration = Duration::from_secs(5);
+
+type Done = Result<(), Fault>;
+
+/// Takes care of one VM.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    shared: Arc<Shared>,
+    record: Record,
+    places: Places,
+    machine: Option<Box<dyn Machine>>,
+    kept: Option<Kept>,
+    status: Arc<Mutex<Status>>,
+}
+
+impl Keeper {
+    pub(super) fn new(record: Record, shared: Arc<Shared>, status: Arc<Mutex<Status>>) -> Self {
+        let places = shared.places(&record.definition.name);
+        Self { shared, record, places, machine: None, kept: None, status }
+    }
+
+    /// Until it is told to leave, or the VM is no more.
+    pub(super) fn run(mut self, inbox: &Receiver<Letter>, bell: &OwnedFd) {
+        loop {
+            self.wait(bell, None);
+            let _ = rustix::io::read(bell, &mut [0; 8]);
+            loop {
+                match inbox.try_recv() {
+                    Ok(Letter::Order(order, sender)) => {
+                        let done = self.carry_out(order);
+                        if self.conclude(done, &sender) && order == Order::Undefine {
+                            return;
+                        }
+                    }
+                    Ok(Letter::Redefine(definition, sender)) => {
+                        let done = self.redefine(*definition);
+                        self.conclude(done, &sender);
+                    }
+                    Ok(Letter::Leave) | Err(TryRecvError::Disconnected) => return,
+                    Err(TryRecvError::Empty) => break,
+                }
+            }
+            self.look_at_machine();
+        }
+    }
+
+    /// Answers; true if all went well.
+    fn conclude(&self, done: Done, sender: &Sender<Answer>) -> bool {
+        let answer = done.map(|()| self.status());
+        let went_well = answer.is_ok();
+        // Nobody may be waiting any more.
+        let _ = sender.send(answer);
+        went_well
+    }
+
+    /// Until there is an order, or the machine has something to say or ends. False when `limit` passes first.
+    fn wait(&self, bell: &OwnedFd, limit: Option<Duration>) -> bool {
+        let mut fds = vec![PollFd::new(bell, PollFlags::IN)];
+        if let Some(machine) = &self.machine {
+            fds.push(PollFd::from_borrowed_fd(machine.control(), PollFlags::IN));
+            fds.push(PollFd::from_borrowed_fd(machine.process().ended(), PollFlags::IN));
+        }
+        let timeout = limit.and_then(|limit| Timespec::try_from(limit).ok());
+        // What failed is tried again; an error that stays would be one of these descriptors, of which none is ever closed early.
+        poll(&mut fds, timeout.as_ref()) != Ok(0)
+    }
+
+    fn carry_out(&mut self, order: Order) -> Done {
+        let done = match order {
+            Order::Start => self.start(),
+            Order::Stop { grace } => self.stop(grace),
+            Order::Save => self.save(),
+            Order::Hold => self.hold(),
+            Order::Resume => self.resume(),
+            Order::Recover => self.recover(),
+            Order::SwapOut => self.swap_out(),
+            Order::SwapIn => self.swap_in(),
+            Order::Discard => self.discard(),
+            Order::Undefine => self.undefine(),
+        };
+        self.with_status(|status| status.work = None);
+        if let Err(fault) = &done {
+            warn!(vm = self.name(), ?order, code = fault.code.as_str(), "{fault}");
+        }
+        done
+    }
+
+    // ---- orders ----
+
+    fn start(&mut self) -> Done {
+        self.require("start", &[VmState::Stopped])?;
+        let definition = self.record.definition.clone();
+        let memory = match self.medium(&definition)? {
+            None => Memory::Ordinary { bytes: definition.memory.0 },
+            Some(nvram) => {
+                let kept = Kept::make(&nvram, &definition, self.progress("making the memory"))?;
+                let memory = kept.memory();
+                self.kept = Some(kept);
+                memory
+            }
+        };
+        let launch = self.shared.vmm.plan(&definition, &memory, &self.places)?;
+        self.launch(&launch, Begin::Boot)?;
+        self.go(launch, "started").inspect_err(|_| self.end_machine())
+    }
+
+    /// Turns the guest off, and its machine.
+    fn stop(&mut self, grace: Duration) -> Done {
+        self.require("stop", &[VmState::Running, VmState::Paused])?;
+        let until = Instant::now() + grace;
+        let runs = self.state() == VmState::Running;
+        if let Some(machine) = &mut self.machine
+            && runs
+            && !grace.is_zero()
+        {
+            machine.power_button()?;
+            let bell = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
+                .map_err(|errno| Fault::new(ErrorCode::Internal, errno.to_string()))?;
+            while self.state() == VmState::Running {
+                let left = until.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    break;
+                }
+                self.wait(&bell, Some(left));
+                self.look_at_machine();
+            }
+        }
+        self.end_machine();
+        self.settle(Life::Stopped, Wanted::Stopped)?;
+        self.enter(VmState::Stopped, "stopped");
+        Ok(())
+    }
+
+    /// Saves the guest and ends its machine.
+    fn save(&mut self) -> Done {
+        self.hold()?;
+        let life = self.record.life.clone();
+        self.settle(life, Wanted::Saved)?;
+        self.end_machine();
+        self.enter(VmState::Saved, "saved");
+        Ok(())
+    }
+
+    /// Saves the guest and keeps its machine.
+    fn hold(&mut self) -> Done {
+        self.require("save", &[VmState::Running, VmState::Paused, VmState::Saved])?;
+        if self.state() == VmState::Saved {
+            return Ok(());
+        }
+        let name = self.name().to_owned();
+        let (Some(kept), Life::Live { incarnation, launch, .. }) = (&self.kept, &self.record.life) else {
+            return Err(Fault::new(ErrorCode::WrongState, format!("{name} is not in NV-RAM"))
+                .hint("name a medium with `nvram` in its definition"));
+        };
+        let machine = self.machine.as_deref_mut().ok_or_else(|| gone(&name))?;
+        let shared = Arc::clone(&self.shared);
+        let definition = &self.record.definition;
+        let saved = kept.save(machine, *incarnation, launch, &name, || shared.teller.sync_vssds(definition));
+        match saved {
+            Ok((last, steps)) => {
+                self.with_status(|status| {
+                    status.last_save = Some(last);
+                    status.worst = Some(status.worst.map_or(steps, |worst| worst.worst(&steps)));
+                });
+                self.enter(VmState::Saved, "saved");
+                Ok(())
+            }
+            Err(fault) => {
+                self.enter(VmState::Paused, &format!("it could not be saved: {fault}"));
+                self.with_status(|status| status.blame(Some(&fault)));
+                Err(fault)
+            }
+        }
+    }
+
+    /// Continues the guest where it was.
+    fn resume(&mut self) -> Done {
+        self.require("resume", &[VmState::Running, VmState::Paused, VmState::Saved])?;
+        if self.state() == VmState::Running {
+            return Ok(());
+        }
+        let Life::Live { launch, incarnation, .. } = self.record.life.clone() else {
+            return Err(gone(self.name()));
+        };
+        if self.machine.is_some() {
+            return self.go(launch, "resumed");
+        }
+        let begun = Instant::now();
+        let name = self.name().to_owned();
+        let found = self.kept.as_ref().map(|kept| kept.look(incarnation, &launch, &name)).transpose()?;
+        match found {
+            Some(Found::State(saved)) => self.restore(&saved, launch)?,
+            Some(Found::Unusable(fault)) => {
+                self.enter(VmState::Broken, &fault.message);
+                self.with_status(|status| status.blame(Some(&fault)));
+                return Err(fault);
+            }
+            Some(Found::Nothing(why)) => return Err(self.lose(&why)),
+            None => return Err(self.lose("it has no regions")),
+        }
+        let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.with_status(|status| status.last_restore_us = Some(us));
+        Ok(())
+    }
+
+    /// Puts a saved state into a new machine and lets it run. Until the record is written nothing has changed; if it fails before, it can
+    /// be tried again.
+    fn restore(&mut self, saved: &SavedState, launch: Launch) -> Done {
+        self.launch(&launch, Begin::Restore)?;
+        let loaded = self.load(saved, &launch).and_then(|()| self.go(launch, "restored"));
+        if let Err(fault) = loaded {
+            self.end_machine();
+            self.with_status(|status| status.blame(Some(&fault)));
+            return Err(fault);
+        }
+        self.set_guest_clock();
+        Ok(())
+    }
+
+    fn load(&mut self, saved: &SavedState, launch: &Launch) -> Done {
+        let name = self.name().to_owned();
+        let machine = self.machine.as_deref_mut().ok_or_else(|| gone(&name))?;
+        if is_older(machine.version(), &launch.version) {
+            let message = format!(
+                "{name} was saved by version {} of its hypervisor, and this is {}",
+                launch.version,
+                machine.version()
+            );
+            return Err(Fault::new(ErrorCode::State, message)
+                .hint("install that version again, or a later one; nothing was changed"));
+        }
+        Ok(machine.load(&saved.payload)?)
+    }
+
+    /// What a start of the daemon finds.
+    fn recover(&mut self) -> Done {
+        self.require("recover", &[VmState::Stopped, VmState::SwappedOut, VmState::Broken])?;
+        let done = self.recover_life();
+        if let Err(fault) = &done {
+            self.enter(VmState::Broken, &fault.message);
+            self.with_status(|status| status.blame(Some(fault)));
+        }
+        done
+    }
+
+    fn recover_life(&mut self) -> Done {
+        let name = self.name().to_owned();
+        let medium = self.medium(&self.record.definition.clone())?;
+        let (launch, process) = match self.record.life.clone() {
+            Life::Live { launch, process, .. } => (launch, process),
+            life => {
+                self.shared.vmm.end_orphan(&self.places)?;
+                if let (Life::SwappedOut { .. }, Some(nvram)) = (&life, &medium) {
+                    // It was swapped out whole before this began to be freed, or swapped in only in part.
+                    Kept::free(nvram, &name)?;
+                }
+                let state = if life == Life::Stopped { VmState::Stopped } else { VmState::SwappedOut };
+                self.enter(state, "");
+                return Ok(());
+            }
+        };
+        if let Some(nvram) = &medium {
+            self.kept = Kept::find(nvram, &name)?;
+        }
+        self.machine = match process {
+            Some(process) => self.shared.vmm.adopt(&process, &self.places)?,
+            None => None,
+        };
+        match self.machine.as_deref_mut().map(Machine::run_state).transpose()? {
+            Some(RunState::Running) => {
+                self.enter(VmState::Running, "it ran on while the daemon did not");
+                Ok(())
+            }
+            Some(RunState::Off) => {
+                self.end_machine();
+                self.settle(Life::Stopped, Wanted::Stopped)?;
+                self.enter(VmState::Stopped, "the guest turned itself off");
+                Ok(())
+            }
+            Some(RunState::Halted) => {
+                self.enter(VmState::Paused, "the guest has panicked, or a disk failed");
+                Ok(())
+            }
+            Some(RunState::Stopped) if self.record.wanted == Wanted::Running => {
+                // The daemon ended in the middle of a save. Whether there is a state or not, the guest is whole.
+                self.enter(VmState::Paused, "found stopped");
+                self.go(launch, "resumed: the daemon had ended while it was being saved")
+            }
+            Some(RunState::Stopped) => self.recover_saved(&launch),
+            Some(RunState::AwaitsState) | None => {
+                self.end_machine();
+                self.shared.vmm.end_orphan(&self.places)?;
+                self.recover_saved(&launch)
+            }
+        }
+    }
+
+    /// The guest does not run: is it saved?
+    fn recover_saved(&mut self, launch: &Launch) -> Done {
+        let name = self.name().to_owned();
+        let Some(incarnation) = self.record.life.incarnation() else { return Err(gone(&name)) };
+        let Some(kept) = &self.kept else {
+            self.lose(if self.record.definition.is_persistent() {
+                "its regions have gone"
+            } else {
+                "it is an ordinary VM"
+            });
+            return Ok(());
+        };
+        match kept.look(incarnation, launch, &name)? {
+            Found::State(_) => {
+                self.enter(VmState::Saved, "found saved");
+                if self.record.wanted == Wanted::Running { self.resume() } else { Ok(()) }
+            }
+            Found::Nothing(_) if self.machine.is_some() => {
+                self.enter(VmState::Paused, "found stopped, and not saved");
+                Ok(())
+            }
+            Found::Nothing(why) => {
+                self.lose(&why);
+                Ok(())
+            }
+            Found::Unusable(fault) => Err(fault),
+        }
+    }
+
+    fn swap_out(&mut self) -> Done {
+        self.require("swap out", &[VmState::Saved, VmState::Stopped, VmState::SwappedOut])?;
+        let name = self.name().to_owned();
+        match (self.state(), self.record.life.clone()) {
+            (VmState::SwappedOut, _) => Ok(()),
+            (VmState::Stopped, _) => {
+                // Memory without a guest has no worth.
+                let medium = self.medium(&self.record.definition.clone())?;
+                self.kept = None;
+                medium.map_or(Ok(()), |nvram| Kept::free(&nvram, &name))
+            }
+            (_, Life::Live { incarnation, launch, .. }) => {
+                let Some(kept) = self.kept.take() else { return Err(gone(&name)) };
+                let nvram = Arc::clone(kept.nvram());
+                self.end_machine();
+                let written = match kept.look(incarnation, &launch, &name) {
+                    Ok(Found::State(saved)) => swap::write(
+                        &self.shared.swap_dir,
+                        &name,
+                        kept.memory_region(),
+                        &saved,
+                        self.progress("swapping out"),
+                    ),
+                    Ok(Found::Nothing(why)) => Err(Fault::new(ErrorCode::State, why)),
+                    Ok(Found::Unusable(fault)) | Err(fault) => Err(fault),
+                };
+                let image = match written {
+                    Ok(image) => image,
+                    Err(fault) => {
+                        self.kept = Some(kept);
+                        return Err(fault);
+                    }
+                };
+                self.settle(Life::SwappedOut { incarnation, launch, image }, Wanted::Saved)?;
+                drop(kept);
+                self.enter(VmState::SwappedOut, "swapped out");
+                Kept::free(&nvram, &name)
+            }
+            _ => Err(gone(&name)),
+        }
+    }
+
+    fn swap_in(&mut self) -> Done {
+        self.require("swap in", &[VmState::SwappedOut, VmState::Saved])?;
+        let Life::SwappedOut { incarnation, launch, image } = self.record.life.clone() else { return Ok(()) };
+        let definition = self.record.definition.clone();
+        let name = definition.name.clone();
+        let nvram = self.medium(&definition)?.ok_or_else(|| gone(&name))?;
+        // What an interrupted swap-in left.
+        Kept::free(&nvram, &name)?;
+        let kept = Kept::make(&nvram, &definition, self.progress("making the memory"))?;
+        let read = swap::read(&image, incarnation, &kept, self.progress("swapping in"));
+        if let Err(fault) = read {
+            drop(kept);
+            Kept::free(&nvram, &name)?;
+            return Err(fault);
+        }
+        self.settle(Life::Live { incarnation, launch, process: None }, Wanted::Saved)?;
+        self.kept = Some(kept);
+        self.enter(VmState::Saved, "swapped in");
+        swap::remove(&image)
+    }
+
+    fn discard(&mut self) -> Done {
+        self.require(
+            "discard",
+            &[
+                VmState::Stopped,
+                VmState::Paused,
+                VmState::Saved,
+                VmState::SwappedOut,
+                VmState::Lost,
+                VmState::Broken,
+            ],
+        )?;
+        self.end_machine();
+        self.shared.vmm.end_orphan(&self.places)?;
+        let life = self.record.life.clone();
+        self.settle(Life::Stopped, Wanted::Stopped)?;
+        if let Life::SwappedOut { image, .. } = life {
+            swap::remove(&image)?;
+        }
+        self.enter(VmState::Stopped, "discarded");
+        Ok(())
+    }
+
+    fn undefine(&mut self) -> Done {
+        self.require("undefine", &[VmState::Stopped])?;
+        let name = self.name().to_owned();
+        let medium = self.medium(&self.record.definition.clone())?;
+        self.kept = None;
+        if let Some(nvram) = medium {
+            Kept::free(&nvram, &name)?;
+        }
+        self.shared.records.remove(&name)?;
+        let _ = fs::remove_dir_all(self.shared.runtime_dir.join(&name));
+        Ok(())
+    }
+
+    fn redefine(&mut self, definition: Definition) -> Done {
+        self.require("redefine", &[VmState::Stopped])?;
+        if definition.nvram != self.record.definition.nvram {
+            let medium = self.medium(&self.record.definition.clone())?;
+            self.kept = None;
+            if let Some(nvram) = medium {
+                Kept::free(&nvram, &definition.name)?;
+            }
+        }
+        let mut record = self.record.clone();
+        record.definition = definition;
+        self.note(record)
+    }
+
+    // ---- the machine ----
+
+    fn launch(&mut self, launch: &Launch, begin: Begin) -> Done {
+        let dir = self.shared.runtime_dir.join(self.name());
+        fs::create_dir_all(&dir).map_err(|error| {
+            Fault::new(ErrorCode::Media, format!("cannot make {}: {error}", dir.display()))
+        })?;
+        self.shared.vmm.end_orphan(&self.places)?;
+        self.machine = Some(self.shared.vmm.launch(launch, begin, &self.places)?);
+        Ok(())
+    }
+
+    /// Lets the guest run, as a new incarnation: from the write of the record on, no state that was saved before counts.
+    fn go(&mut self, launch: Launch, why: &str) -> Done {
+        let name = self.name().to_owned();
+        let machine = self.machine.as_deref().ok_or_else(|| gone(&name))?;
+        let process = Some(machine.process().id().clone());
+        let incarnation = Incarnation::random()
+            .map_err(|error| Fault::new(ErrorCode::Internal, format!("no random numbers: {error}")))?;
+        self.settle(Life::Live { incarnation, launch, process }, Wanted::Running)?;
+        let machine = self.machine.as_deref_mut().ok_or_else(|| gone(&name))?;
+        machine.resume()?;
+        self.enter(VmState::Running, why);
+        Ok(())
+    }
+
+    fn end_machine(&mut self) {
+        if let Some(mut machine) = self.machine.take()
+            && let Err(error) = machine.kill()
+        {
+            error!(vm = self.name(), %error, "cannot end a machine");
+        }
+    }
+
+    fn look_at_machine(&mut self) {
+        let Some(machine) = &mut self.machine else { return };
+        let ended = machine.process().has_ended();
+        let heard = machine.news();
+        let news = match heard {
+            Ok(news) => news,
+            Err(VmmError::Ended { said }) => return self.has_ended(&said),
+            Err(error) if ended => return self.has_ended(&error.to_string()),
+            Err(error) => {
+                // A machine that cannot be controlled cannot be saved either; it is not harmed for that.
+                error!(vm = self.name(), %error, "cannot hear the hypervisor");
+                self.machine = None;
+                self.enter(VmState::Broken, &error.to_string());
+                let fault = Fault::from(error);
+                return self.with_status(|status| status.blame(Some(&fault)));
+            }
+        };
+        if ended {
+            return self.has_ended("without a word");
+        }
+        let happened = !news.is_empty();
+        for one in news {
+            self.shared.teller.tell(self.record.definition.name.as_str(), VmNews::Guest(one));
+        }
+        if happened && self.state() == VmState::Running {
+            self.look_at_guest();
+        }
+    }
+
+    /// Something has happened to the guest: does it run still?
+    fn look_at_guest(&mut self) {
+        let Some(machine) = &mut self.machine else { return };
+        match machine.run_state() {
+            Ok(RunState::Off) => {
+                self.end_machine();
+                if let Err(fault) = self.settle(Life::Stopped, Wanted::Stopped) {
+                    error!(vm = self.name(), %fault, "cannot note that a guest has turned itself off");
+                }
+                self.enter(VmState::Stopped, "the guest turned itself off");
+            }
+            Ok(RunState::Halted) => self.enter(VmState::Paused, "the guest has panicked, or a disk failed"),
+            Ok(RunState::Running | RunState::Stopped | RunState::AwaitsState) => {}
+            Err(error) => warn!(vm = self.name(), %error, "cannot ask how a machine is"),
+        }
+    }
+
+    /// The hypervisor is there no longer, and nobody here ended it.
+    fn has_ended(&mut self, said: &str) {
+        self.machine = None;
+        if self.state() == VmState::Saved {
+            // What counts is in the slot.
+            return;
+        }
+        self.lose(&format!("its hypervisor has ended: {said}"));
+    }
+
+    /// The guest cannot go on.
+    fn lose(&mut self, why: &str) -> Fault {
+        if self.record.definition.is_persistent() {
+            let fault = Fault::new(ErrorCode::State, format!("{} cannot go on: {why}", self.name()))
+                .hint("its memory is kept; `vm-host discard` gives it up, `vm-host start` then boots it");
+            self.enter(VmState::Lost, why);
+            self.with_status(|status| status.blame(Some(&fault)));
+            return fault;
+        }
+        if let Err(fault) = self.settle(Life::Stopped, Wanted::Stopped) {
+            error!(vm = self.name(), %fault, "cannot note that a guest has ended");
+        }
+        self.enter(VmState::Stopped, why);
+        Fault::new(ErrorCode::WrongState, format!("{} has ended: {why}", self.name()))
+    }
+
+    /// A guest's wall clock stood still while the power was gone. Its agent sets it; who has none asks a time server.
+    fn set_guest_clock(&self) {
+        if !self.record.definition.guest_agent {
+            return;
+        }
+        let (path, vm) = (self.places.guest_agent.clone(), self.name().to_owned());
+        let set = move || -> std::io::Result<()> {
+            let mut agent = UnixStream::connect(path)?;
+            agent.set_write_timeout(Some(AGENT_LIMIT))?;
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let time = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+            // 0xff makes the agent forget half a request of before.
+            agent.write_all(b"\xff")?;
+            writeln!(agent, "{}", json!({ "execute": "guest-set-time", "arguments": { "time": time } }))
+        };
+        let spawned = thread::Builder::new().name("guest clock".to_owned()).spawn(move || match set() {
+            Ok(()) => info!(vm, "the guest's agent was told the time"),
+            Err(error) => warn!(vm, %error, "cannot tell the guest's agent the time"),
+        });
+        if let Err(error) = spawned {
+            warn!(vm = self.name(), %error, "cannot start a thread");
+        }
+    }
+
+    // ---- what is known ----
+
+    fn name(&self) -> &str {
+        &self.record.definition.name
+    }
+
+    fn state(&self) -> VmState {
+        self.with_status(|status| status.state)
+    }
+
+    fn status(&self) -> Status {
+        self.with_status(|status| status.clone())
+    }
+
+    fn with_status<T>(&self, look: impl FnOnce(&mut Status) -> T) -> T {
+        look(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn enter(&self, to: VmState, why: &str) {
+        let from = self.with_status(|status| {
+            status.follow(&self.record);
+            if self.machine.is_none() {
+                status.pid = None;
+            }
+            why.clone_into(&mut status.why);
+            if !matches!(to, VmState::Lost | VmState::Broken) {
+                status.blame(None);
+            }
+            std::mem::replace(&mut status.state, to)
+        });
+        if from != to {
+            info!(vm = self.name(), ?from, ?to, why, "state");
+            self.shared.teller.tell(self.name(), VmNews::State { from, to, why: why.to_owned() });
+        }
+    }
+
+    fn require(&self, doing: &str, states: &[VmState]) -> Done {
+        let state = self.state();
+        if states.contains(&state) {
+            return Ok(());
+        }
+        let word = |state: &VmState| {
+            serde_json::to_value(state).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+        };
+        let possible = states.iter().map(word).collect::<Vec<_>>().join(", ");
+        let message =
+            format!("cannot {doing} {}: it is {}, and must be {possible}", self.name(), word(&state));
+        let hint = match state {
+            VmState::Lost | VmState::Broken => {
+                "`vm-host show` says what happened; `vm-host discard` gives the guest up"
+            }
+            VmState::Saved => "`vm-host restore` lets it go on; `vm-host discard` gives the guest up",
+            VmState::SwappedOut => "`vm-host swap-in` brings it back",
+            VmState::Running | VmState::Paused => "`vm-host save` or `vm-host stop` first",
+            VmState::Stopped => "`vm-host start` first",
+        };
+        Err(Fault::new(ErrorCode::WrongState, message).hint(hint))
+    }
+
+    /// Makes a new life durable, and only then believes it.
+    fn settle(&mut self, life: Life, wanted: Wanted) -> Done {
+        let mut record = self.record.clone();
+        (record.life, record.wanted) = (life, wanted);
+        self.note(record)
+    }
+
+    fn note(&mut self, record: Record) -> Done {
+        self.shared.records.write(&record)?;
+        self.record = record;
+        self.with_status(|status| status.follow(&self.record));
+        Ok(())
+    }
+
+    /// The medium that a definition names.
+    fn medium(&self, definition: &Definition) -> Result<Option<Arc<Nvram>>, Fault> {
+        let Some(name) = &definition.nvram else { return Ok(None) };
+        match self.shared.media.get(name) {
+            Some(nvram) => Ok(Some(Arc::clone(nvram))),
+            None => Err(Fault::new(ErrorCode::NotFound, format!("there is no NV-RAM {name:?}, which {} names", definition.name))
+                .hint("`vm-host nvram list` shows those that there are; the daemon's log says why one could not be opened")),
+        }
+    }
+
+    /// Shows how far long work has come.
+    fn progress(&self, doing: &'static str) -> impl FnMut(u64, u64) + use<> {
+        let status = Arc::clone(&self.status);
+        let mut shown = Instant::now().checked_sub(SHOWN_EVERY);
+        move |done_bytes, total_bytes| {
+            if shown.is_some_and(|shown| shown.elapsed() < SHOWN_EVERY) && done_bytes < total_bytes {
+                return;
+            }
+            shown = Some(Instant::now());
+            status.lock().unwrap_or_else(PoisonError::into_inner).work =
+                Some(Work { doing: doing.to_owned(), done_bytes, total_bytes });
+        }
+    }
+}
+
+fn gone(name: &str) -> Fault {
+    Fault::new(ErrorCode::Internal, format!("the machine of {name} has gone"))
+}
+
+/// Whether `version` comes before `other`; what is no number is not compared.
+fn is_older(version: &str, other: &str) -> bool {
+    let numbers =
+        |text: &str| text.split(['.', '-']).map_while(|part| part.parse::<u64>().ok()).collect::<Vec<_>>();
+    numbers(version) < numbers(other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_older;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert!(is_older("7.2.22", "10.0.2"));
+        assert!(is_older("10.0.1", "10.0.2"));
+        assert!(!is_older("10.0.2", "10.0.2"));
+        assert!(!is_older("10.0.2 (Debian)", "7.2.22"));
+    }
+}

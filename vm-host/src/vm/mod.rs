@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! One VM: a thread that owns its machine, its record and its regions, and carries out one order after the other.
+//!
+//! ```text
+//!   host ── Order ──► mailbox ──► Keeper ──► machine, record, slot
+//!    ▲                               │
+//!    └──── answer, Status, events ───┘
+//! ```
+//!
+//! Nothing is shared between two VMs that one could hold and the other need: a guest whose disk hangs keeps no other from being
+//! saved. Whether a VM *may* run (budget, power) is the host's to say; this module knows neither.
+
+mod keeper;
+mod save;
+mod status;
+mod swap;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::OwnedFd;
+use vssd_protocol::control::ErrorCode;
+
+use crate::definition::Definition;
+use crate::fault::Fault;
+use crate::nvram::Nvram;
+use crate::record::{Record, Records};
+use crate::vmm::{News, Places, Vmm};
+use keeper::Keeper;
+pub use status::{LastSave, Status, VmState, Work};
+
+/// What all VMs of a host use.
+#[derive(Debug)]
+pub struct Shared {
+    pub records: Records,
+    pub media: BTreeMap<String, Arc<Nvram>>,
+    pub vmm: Arc<dyn Vmm>,
+    /// Sockets and logs, a folder for each VM.
+    pub runtime_dir: PathBuf,
+    pub log_dir: PathBuf,
+    pub vssd_dir: PathBuf,
+    /// The folder for what is swapped out.
+    pub swap_dir: PathBuf,
+    pub teller: Arc<dyn Tell>,
+}
+
+impl Shared {
+    fn places(&self, name: &str) -> Places {
+        let dir = self.runtime_dir.join(name);
+        Places {
+            control: dir.join("qmp.sock"),
+            guest_agent: dir.join("agent.sock"),
+            log: self.log_dir.join(format!("{name}.log")),
+            console: self.log_dir.join(format!("{name}.console")),
+            vssds: self.vssd_dir.clone(),
+        }
+    }
+}
+
+/// Takes news of VMs.
+pub trait Tell: fmt::Debug + Send + Sync {
+    fn tell(&self, vm: &str, news: VmNews);
+
+    /// Makes what a VM's vSSDs have acknowledged durable. Called with the guest stopped.
+    fn sync_vssds(&self, definition: &Definition) -> Result<(), Fault>;
+}
+
+/// What happened to a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmNews {
+    State { from: VmState, to: VmState, why: String },
+    Guest(News),
+}
+
+/// What a VM may be asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Boot it.
+    Start,
+    /// The power button, and the plug after `grace`.
+    Stop {
+        grace: Duration,
+    },
+    /// Save it and end its machine.
+    Save,
+    /// Save it and keep its machine, stopped: the power may come back.
+    Hold,
+    /// Continue it where it was: from its machine, or from its saved state.
+    Resume,
+    /// As after a start of the daemon: adopt a machine that is there, resume what was saved if it is wanted.
+    Recover,
+    /// To secondary storage.
+    SwapOut,
+    SwapIn,
+    /// Take what a crash left of its guest away: memory is kept until here.
+    Discard,
+    /// Remove it and all that is its.
+    Undefine,
+}
+
+/// What is on its way to a VM.
+#[derive(Debug)]
+pub(crate) enum Letter {
+    Order(Order, Sender<Answer>),
+    Redefine(Box<Definition>, Sender<Answer>),
+    /// The daemon ends; the machine stays.
+    Leave,
+}
+
+/// The end of an order.
+pub type Answer = Result<Status, Fault>;
+
+/// A VM, as the host holds it.
+#[derive(Debug)]
+pub struct Vm {
+    name: String,
+    letters: Sender<Letter>,
+    wake: Arc<OwnedFd>,
+    status: Arc<Mutex<Status>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vm {
+    /// Takes care of the VM of a record. Its machine is not looked at before [`Order::Recover`].
+    pub fn new(record: Record, shared: Arc<Shared>) -> io::Result<Self> {
+        let name = record.definition.name.clone();
+        let (letters, inbox) = mpsc::channel();
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let status = Arc::new(Mutex::new(Status::new(&record)));
+        let keeper = Keeper::new(record, shared, Arc::clone(&status));
+        let bell = Arc::clone(&wake);
+        let thread = thread::Builder::new()
+            .name(format!("vm {name}").chars().take(15).collect())
+            .spawn(move || keeper.run(&inbox, &bell))?;
+        Ok(Self { name, letters, wake, status, thread: Some(thread) })
+    }
+
+    /// How it is now; never waits for the VM.
+    pub fn status(&self) -> Status {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Gives an order; its end comes through what is returned.
+    pub fn order(&self, order: Order) -> Receiver<Answer> {
+        let (sender, receiver) = mpsc::channel();
+        self.send(Letter::Order(order, sender));
+        receiver
+    }
+
+    /// Gives an order and waits for its end.
+    pub fn call(&self, order: Order) -> Answer {
+        self.await_answer(&self.order(order))
+    }
+
+    pub fn redefine(&self, definition: Definition) -> Answer {
+        let (sender, receiver) = mpsc::channel();
+        self.send(Letter::Redefine(Box::new(definition), sender));
+        self.await_answer(&receiver)
+    }
+
+    fn await_answer(&self, receiver: &Receiver<Answer>) -> Answer {
+        receiver.recv().unwrap_or_else(|_| {
+            Err(Fault::new(ErrorCode::NotFound, format!("{} is being taken care of no longer", self.name)))
+        })
+    }
+
+    fn send(&self, letter: Letter) {
+        // A keeper that has ended drops the letter, and its sender learns that from the channel.
+        let _ = self.letters.send(letter);
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.send(Letter::Leave);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

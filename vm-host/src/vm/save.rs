@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What of a persistent VM lies in NV-RAM: its memory, and the slot with its saved state.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use vssd_protocol::control::ErrorCode;
+use vssd_protocol::units::ByteCount;
+
+use super::status::LastSave;
+use crate::definition::Definition;
+use crate::fault::Fault;
+use crate::nvram::{Backing, Nvram, Purpose, Region, RegionId, SavedHeader, SavedState, Slot, SlotContent};
+use crate::power::budget::Steps;
+use crate::record::Incarnation;
+use crate::vmm::{Launch, Machine, Memory};
+
+/// For the state of processors and devices: 300 KiB as a rule, and more with many processors, video memory or firmware.
+const STATE_BYTES: u64 = 16 << 20;
+
+/// The regions of a VM.
+#[derive(Debug)]
+pub(super) struct Kept {
+    nvram: Arc<Nvram>,
+    memory: Region,
+    slot: Slot,
+}
+
+/// What the slot says about a guest.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// The guest can go on from here.
+    State(Box<SavedState>),
+    /// It was not saved; why, for people.
+    Nothing(String),
+    /// There is a state, and it must not be used.
+    Unusable(Fault),
+}
+
+/// What a state was saved from; it fits nothing else.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Origin {
+    name: String,
+    machine: String,
+    version: String,
+    memory_bytes: u64,
+    memory_region: RegionId,
+}
+
+impl Kept {
+    /// The regions that a VM has.
+    pub(super) fn find(nvram: &Arc<Nvram>, owner: &str) -> Result<Option<Self>, Fault> {
+        let (Some(memory), Some(state)) =
+            (nvram.find(owner, Purpose::Memory), nvram.find(owner, Purpose::State))
+        else {
+            return Ok(None);
+        };
+        if let Some(what) = nvram.fault(memory.id)? {
+            return Err(Fault::new(
+                ErrorCode::State,
+                format!("the memory of {owner} is not as it was left: {what}"),
+            )
+            .hint("nothing was changed; `vm-host discard` gives it up"));
+        }
+        Ok(Some(Self { nvram: Arc::clone(nvram), memory, slot: nvram.slot(state.id)? }))
+    }
+
+    /// Makes what is missing. Memory of another size than the definition's is made anew.
+    pub(super) fn make(
+        nvram: &Arc<Nvram>,
+        definition: &Definition,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<Self, Fault> {
+        let owner = &definition.name;
+        if let Some(memory) = nvram.find(owner, Purpose::Memory)
+            && memory.bytes != definition.memory.0
+        {
+            nvram.free(memory.id)?;
+        }
+        for (purpose, bytes) in [(Purpose::State, STATE_BYTES), (Purpose::Memory, definition.memory.0)] {
+            if nvram.find(owner, purpose).is_none() {
+                nvram.allocate(owner, purpose, bytes, &mut progress)?;
+            }
+        }
+        Self::find(nvram, owner)?
+            .ok_or_else(|| Fault::new(ErrorCode::Internal, format!("the regions of {owner} have gone")))
+    }
+
+    /// Gives a VM's regions back, whichever there are.
+    pub(super) fn free(nvram: &Nvram, owner: &str) -> Result<(), Fault> {
+        for purpose in [Purpose::Memory, Purpose::State] {
+            if let Some(region) = nvram.find(owner, purpose) {
+                nvram.free(region.id)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn memory_region(&self) -> &Region {
+        &self.memory
+    }
+
+    pub(super) fn nvram(&self) -> &Arc<Nvram> {
+        &self.nvram
+    }
+
+    pub(super) fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    /// For the hypervisor.
+    pub(super) fn memory(&self) -> Memory {
+        let Backing { mem_path, offset_bytes, size_bytes, align_bytes, pmem, .. } = self.memory.backing();
+        Memory::Named {
+            path: mem_path,
+            offset: offset_bytes,
+            bytes: size_bytes,
+            align: Some(align_bytes),
+            pmem,
+        }
+    }
+
+    /// Saves a guest, durably. `sync` makes durable what its disks have acknowledged.
+    ///
+    /// The order is the point: the state is taken from a guest that stands still, its memory and its disks are made durable as they
+    /// are then, and only when that is done there is a state that says so.
+    pub(super) fn save(
+        &self,
+        machine: &mut dyn Machine,
+        incarnation: Incarnation,
+        launch: &Launch,
+        owner: &str,
+        sync: impl FnOnce() -> Result<(), Fault>,
+    ) -> Result<(LastSave, Steps), Fault> {
+        let mut lap = Lap::new();
+        machine.pause()?;
+        let stop_us = lap.us();
+        let state = machine.save()?;
+        let save_us = lap.us();
+        self.nvram.flush(self.memory.id)?;
+        sync()?;
+        let flush_us = lap.us();
+        let unix_ms = unix_ms();
+        let metadata = serde_json::to_vec(&self.origin(launch, owner))
+            .map_err(|error| Fault::new(ErrorCode::Internal, error.to_string()))?;
+        let generation = u64::try_from(unix_ms).unwrap_or(0);
+        let header =
+            SavedHeader { incarnation: incarnation.0, generation, saved_at_unix_ms: unix_ms, metadata };
+        self.slot.commit(&header, &state)?;
+        let commit_us = lap.us();
+        let state_bytes = u64::try_from(state.len()).unwrap_or(u64::MAX);
+        let steps = Steps { stop_us, save_us, commit_us, flush_us };
+        Ok((LastSave { unix_ms, state_bytes, stop_us, save_us, commit_us, flush_us }, steps))
+    }
+
+    /// Whether there is a state that the guest `incarnation` can go on from.
+    pub(super) fn look(
+        &self,
+        incarnation: Incarnation,
+        launch: &Launch,
+        owner: &str,
+    ) -> Result<Found, Fault> {
+        let saved = match self.slot.read()? {
+            SlotContent::Empty => return Ok(Found::Nothing("nothing was saved".to_owned())),
+            SlotContent::Torn { why } => {
+                return Ok(Found::Nothing(format!("the save did not come to its end: {why}")));
+            }
+            SlotContent::NewerVersion { found, known } => {
+                let message = format!("the state of {owner} has version {found}, this program knows {known}");
+                let fault = Fault::new(ErrorCode::State, message)
+                    .hint("use the program that saved it, or a later one; nothing was changed");
+                return Ok(Found::Unusable(fault));
+            }
+            SlotContent::Saved(saved) => saved,
+        };
+        if saved.header.incarnation != incarnation.0 {
+            return Ok(Found::Nothing("the last saved state is of an earlier run and was used".to_owned()));
+        }
+        let expected = self.origin(launch, owner);
+        let found: Option<Origin> = serde_json::from_slice(&saved.header.metadata).ok();
+        if found.as_ref() == Some(&expected) {
+            return Ok(Found::State(Box::new(saved)));
+        }
+        let said = |origin: &Origin| {
+            format!(
+                "{} on {} {}, {}",
+                origin.name,
+                origin.machine,
+                origin.version,
+                ByteCount(origin.memory_bytes)
+            )
+        };
+        let message = format!(
+            "the state was saved from {}, and this is {}",
+            found.as_ref().map_or_else(|| "something unknown".to_owned(), said),
+            said(&expected)
+        );
+        Ok(Found::Unusable(
+            Fault::new(ErrorCode::State, message).hint("nothing was changed; `vm-host discard` gives it up"),
+        ))
+    }
+
+    fn origin(&self, launch: &Launch, owner: &str) -> Origin {
+        Origin {
+            name: owner.to_owned(),
+            machine: launch.machine.clone(),
+            version: launch.version.clone(),
+            memory_bytes: self.memory.bytes,
+            memory_region: self.memory.id,
+        }
+    }
+}
+
+/// Times steps.
+#[derive(Debug)]
+struct Lap(Instant);
+
+impl Lap {
+    fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    /// Since the last call.
+    fn us(&mut self) -> u64 {
+        let now = Instant::now();
+        let passed = now.duration_since(std::mem::replace(&mut self.0, now));
+        u64::try_from(passed.as_micros()).unwrap_or(u64::MAX)
+    }
+}
+
+fn unix_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}

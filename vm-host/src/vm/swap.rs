@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! A saved VM in a file on secondary storage: its memory without what is zero, and its state.
+//!
+//! ```text
+//! head, 128 bytes │ metadata │ state │ (place u64, CRC-64 u64, 1 MiB of memory) …
+//! ```
+//!
+//! Little-endian. The head:
+//!
+//! ```text
+//! 0    [u8;8]   magic "vmSWAP\0\0"
+//! 8    u32      version (1)
+//! 12   u32      0
+//! 16   u64      CRC-64/NVME of the head with this field as zero, the metadata and the state
+//! 24   [u8;16]  incarnation
+//! 40   u64      generation
+//! 48   i64      when it was saved, milliseconds since 1970
+//! 56   u64      bytes of metadata
+//! 64   u64      bytes of state
+//! 72   u64      bytes of memory
+//! 80   u64      how many pieces of memory follow
+//! ```
+//!
+//! The file is written under another name and renamed when it is whole and durable, so that one of its name is whole; each part has a
+//! checksum, so that one that has rotted is not taken for it. The VM's record names the file before its NV-RAM is given back.
+
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crc_fast::{CrcAlgorithm, Digest, checksum};
+use memmap2::{Mmap, MmapMut, MmapOptions};
+use vssd_protocol::control::ErrorCode;
+
+use super::save::Kept;
+use crate::fault::Fault;
+use crate::nvram::{MAX_METADATA, Region, SavedHeader, SavedState};
+use crate::record::Incarnation;
+
+const MAGIC: [u8; 8] = *b"vmSWAP\0\0";
+const VERSION: u32 = 1;
+const HEAD: usize = 128;
+const PIECE: usize = 1 << 20;
+/// Before a piece.
+const LABEL: usize = 16;
+const EXTENSION: &str = "vmswap";
+const ALGORITHM: CrcAlgorithm = CrcAlgorithm::Crc64Nvme;
+
+/// Writes an image, durably, and gives its path. What was there under that name is replaced.
+pub(super) fn write(
+    dir: &Path,
+    name: &str,
+    memory: &Region,
+    saved: &SavedState,
+    progress: impl FnMut(u64, u64),
+) -> Result<PathBuf, Fault> {
+    let path = dir.join(format!("{name}.{EXTENSION}"));
+    let part = path.with_extension("part");
+    let written = fs::create_dir_all(dir)
+        .and_then(|()| write_file(&part, memory, saved, progress))
+        .and_then(|()| fs::rename(&part, &path))
+        .and_then(|()| File::open(dir)?.sync_all());
+    written.map_err(|error| {
+        let _ = fs::remove_file(&part);
+        Fault::new(ErrorCode::Media, format!("cannot write {}: {error}", path.display()))
+            .hint("the VM is where it was; make room or see to `swap_dir`")
+    })?;
+    Ok(path)
+}
+
+fn write_file(
+    path: &Path,
+    memory: &Region,
+    saved: &SavedState,
+    mut progress: impl FnMut(u64, u64),
+) -> io::Result<()> {
+    let mapping = map(memory)?;
+    let mut out = BufWriter::with_capacity(PIECE + LABEL, File::create(path)?);
+    out.write_all(&[0; HEAD])?;
+    out.write_all(&saved.header.metadata)?;
+    out.write_all(&saved.payload)?;
+    let mut pieces = 0;
+    for (at, piece) in (0u64..).zip(mapping.chunks(PIECE)) {
+        if !is_zero(piece) {
+            out.write_all(&at.to_le_bytes())?;
+            out.write_all(&checksum(ALGORITHM, piece).to_le_bytes())?;
+            out.write_all(piece)?;
+            pieces += 1;
+        }
+        progress((at + 1) * PIECE as u64, memory.bytes);
+    }
+    let mut file = out.into_inner()?;
+    file.seek(SeekFrom::Start(0))?;
+    file.write_all(&head(saved, memory.bytes, pieces))?;
+    file.sync_all()
+}
+
+/// Reads an image into the regions of a VM, durably.
+pub(super) fn read(
+    path: &Path,
+    incarnation: Incarnation,
+    kept: &Kept,
+    progress: impl FnMut(u64, u64),
+) -> Result<(), Fault> {
+    let damaged = |what: String| {
+        Fault::new(ErrorCode::State, format!("{} cannot be used: {what}", path.display()))
+            .hint("the file is kept as it is; a copy of it, if there is one, can take its place")
+    };
+    let saved =
+        read_file(path, kept.memory_region(), progress).map_err(|error| damaged(error.to_string()))?;
+    if saved.header.incarnation != incarnation.0 {
+        return Err(damaged("it is of another run of the guest".to_owned()));
+    }
+    kept.nvram().flush(kept.memory_region().id)?;
+    Ok(kept.slot().commit(&saved.header, &saved.payload)?)
+}
+
+fn read_file(path: &Path, memory: &Region, mut progress: impl FnMut(u64, u64)) -> io::Result<SavedState> {
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut input = BufReader::with_capacity(PIECE, file);
+    let mut head = [0; HEAD];
+    input.read_exact(&mut head)?;
+    if !head.starts_with(&MAGIC) {
+        return Err(invalid("it is no image of a VM"));
+    }
+    let version = u32::from_le_bytes(field(&head, 8));
+    if version != VERSION {
+        return Err(invalid(&format!("it has version {version}, this program knows {VERSION}")));
+    }
+    let number = |at| u64::from_le_bytes(field(&head, at));
+    let (metadata_bytes, state_bytes, memory_bytes, pieces) =
+        (number(56), number(64), number(72), number(80));
+    // Before anything is believed, it is not let to ask for more memory than there is file.
+    if metadata_bytes > MAX_METADATA as u64 || state_bytes > length {
+        return Err(invalid("its head makes no sense"));
+    }
+    let metadata = take(&mut input, metadata_bytes)?;
+    let payload = take(&mut input, state_bytes)?;
+    let saved = SavedState {
+        header: SavedHeader {
+            incarnation: field(&head, 24),
+            generation: number(40),
+            saved_at_unix_ms: i64::from_le_bytes(field(&head, 48)),
+            metadata,
+        },
+        payload,
+    };
+    if self::head(&saved, memory_bytes, pieces) != head {
+        return Err(invalid("its head or state has changed since it was written"));
+    }
+    if memory_bytes != memory.bytes {
+        return Err(invalid(&format!(
+            "it holds {memory_bytes} bytes of memory, and the VM has {}",
+            memory.bytes
+        )));
+    }
+    let mut mapping = map_mut(memory)?;
+    let mut next = 0;
+    for _ in 0..pieces {
+        let mut label = [0; LABEL];
+        input.read_exact(&mut label)?;
+        let (at, sum) = (u64::from_le_bytes(field(&label, 0)), u64::from_le_bytes(field(&label, 8)));
+        let place = usize::try_from(at)
+            .ok()
+            .and_then(|at| at.checked_mul(PIECE))
+            .filter(|&place| at >= next && place < mapping.len());
+        let Some(place) = place else { return Err(invalid(&format!("a piece has the place {at}"))) };
+        let end = mapping.len().min(place + PIECE);
+        let piece = &mut mapping[place..end];
+        input.read_exact(piece)?;
+        if checksum(ALGORITHM, piece) != sum {
+            return Err(invalid(&format!(
+                "its memory from byte {place} on has changed since it was written"
+            )));
+        }
+        next = at + 1;
+        progress(end as u64, memory.bytes);
+    }
+    if input.read(&mut [0])? != 0 {
+        return Err(invalid("it goes on after its end"));
+    }
+    Ok(saved)
+}
+
+/// Removes an image that is needed no more.
+pub(super) fn remove(path: &Path) -> Result<(), Fault> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Fault::new(ErrorCode::Media, format!("cannot remove {}: {error}", path.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn head(saved: &SavedState, memory_bytes: u64, pieces: u64) -> [u8; HEAD] {
+    let mut head = [0; HEAD];
+    let mut put = |at: usize, bytes: &[u8]| head[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, &MAGIC);
+    put(8, &VERSION.to_le_bytes());
+    put(24, &saved.header.incarnation);
+    put(40, &saved.header.generation.to_le_bytes());
+    put(48, &saved.header.saved_at_unix_ms.to_le_bytes());
+    put(56, &(saved.header.metadata.len() as u64).to_le_bytes());
+    put(64, &(saved.payload.len() as u64).to_le_bytes());
+    put(72, &memory_bytes.to_le_bytes());
+    put(80, &pieces.to_le_bytes());
+    let mut digest = Digest::new(ALGORITHM);
+    digest.update(&head);
+    digest.update(&saved.header.metadata);
+    digest.update(&saved.payload);
+    head[16..24].copy_from_slice(&digest.finalize().to_le_bytes());
+    head
+}
+
+fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut field = [0; N];
+    field.copy_from_slice(&bytes[at..at + N]);
+    field
+}
+
+fn take(input: &mut impl Read, bytes: u64) -> io::Result<Vec<u8>> {
+    let mut taken = Vec::new();
+    if input.take(bytes).read_to_end(&mut taken)? as u64 == bytes {
+        Ok(taken)
+    } else {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+fn is_zero(piece: &[u8]) -> bool {
+    let (lines, rest) = piece.as_chunks::<64>();
+    lines.iter().all(|line| *line == [0; 64]) && rest.iter().all(|&byte| byte == 0)
+}
+
+fn map(memory: &Region) -> io::Result<Mmap> {
+    let file = File::open(&memory.path)?;
+    // SAFETY: the region is this VM's, its machine has ended, and nobody shortens its file while the medium is locked.
+    unsafe { options(memory)?.map(&file) }
+}
+
+fn map_mut(memory: &Region) -> io::Result<MmapMut> {
+    let file = File::options().read(true).write(true).open(&memory.path)?;
+    // SAFETY: as in `map`.
+    unsafe { options(memory)?.map_mut(&file) }
+}
+
+fn options(memory: &Region) -> io::Result<MmapOptions> {
+    let length =
+        usize::try_from(memory.bytes).map_err(|_| invalid("the memory is larger than an address space"))?;
+    let mut options = MmapOptions::new();
+    options.offset(memory.offset_bytes).len(length);
+    Ok(options)
+}
+
+fn invalid(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
+}

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! What QEMU's command line is for a definition.
+//!
+//! It is made once, when a VM starts, and kept: a state fits only a machine with the same devices in the same places.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use vssd_protocol::units::ByteCount;
+
+use crate::definition::{Accel, Definition, DiskCache, DiskDefinition, NetworkDefinition, VssdDefinition};
+use crate::vmm::{Launch, Memory, Places, VmmError};
+
+/// An option was renamed; each version refuses the other's.
+const HAS_RECONNECT_MS: (u32, u32) = (9, 2);
+/// `offset` of memory-backend-file.
+const HAS_OFFSET: (u32, u32) = (8, 1);
+/// A guest's disk comes back soon after its backend does.
+const RECONNECT_MS: u32 = 200;
+
+/// A QEMU program, asked what it is.
+#[derive(Clone, Debug)]
+pub struct Emulator {
+    program: PathBuf,
+    version: String,
+    number: (u32, u32),
+    /// The newest q35, with its version.
+    q35: String,
+}
+
+impl Emulator {
+    /// Runs the program twice.
+    pub fn probe(program: &Path) -> Result<Self, VmmError> {
+        let said = run(program, &["--version"])?;
+        let banner = said.lines().next().unwrap_or_default();
+        let version = banner.split_once("version ").and_then(|(_, rest)| rest.split_whitespace().next());
+        let number = version.and_then(|version| {
+            let mut parts = version.split('.').map(|part| part.parse().ok());
+            Some((parts.next()??, parts.next()??))
+        });
+        let (Some(version), Some(number)) = (version, number) else {
+            return Err(VmmError::Protocol(format!("{} is not QEMU: it says {banner:?}", program.display())));
+        };
+        let machines = run(program, &["-machine", "help"])?;
+        let q35 = newest_q35(&machines)
+            .ok_or_else(|| VmmError::Protocol(format!("{} knows no q35 machine", program.display())))?;
+        Ok(Self { program: program.to_owned(), version: version.to_owned(), number, q35 })
+    }
+
+    /// What the definition becomes.
+    pub fn plan(
+        &self,
+        definition: &Definition,
+        memory: &Memory,
+        places: &Places,
+    ) -> Result<Launch, VmmError> {
+        let machine = definition.machine.clone().unwrap_or_else(|| self.q35.clone());
+        let mut args = Args::default();
+        args.pair("-name", format!("guest={0},process=vm-{0}", definition.name));
+        args.many(&["-nodefaults", "-no-user-config", "-display", "none"]);
+        args.pair("-machine", format!("{machine},memory-backend=ram"));
+        let accel = accel(definition.accel);
+        args.pair("-accel", accel);
+        let cpu = definition.cpu.as_deref().unwrap_or(if accel == "kvm" { "host" } else { "max" });
+        args.pair("-cpu", cpu);
+        args.pair("-smp", definition.cpus.to_string());
+        args.pair("-m", format!("{}M", definition.memory.0 >> 20));
+        args.pair("-object", self.memory(memory)?);
+        self.boot(definition, &mut args);
+        for (at, disk) in definition.disk.iter().enumerate() {
+            add_disk(&mut args, at, disk);
+        }
+        for (at, vssd) in definition.vssd.iter().enumerate() {
+            self.add_vssd(&mut args, at, vssd, places);
+        }
+        for (at, network) in definition.network.iter().enumerate() {
+            add_network(&mut args, at, network, &definition.name);
+        }
+        args.pair("-chardev", format!("file,id=console,append=on,path={}", quoted(&places.console)));
+        args.pair("-serial", "chardev:console");
+        if definition.guest_agent {
+            let path = quoted(&places.guest_agent);
+            args.pair("-chardev", format!("socket,id=agent,path={path},server=on,wait=off"));
+            args.many(&["-device", "virtio-serial-pci"]);
+            args.pair("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0");
+        }
+        args.many(&definition.extra);
+        Ok(Launch { program: self.program.clone(), args: args.0, machine, version: self.version.clone() })
+    }
+
+    fn memory(&self, memory: &Memory) -> Result<String, VmmError> {
+        match memory {
+            Memory::Ordinary { bytes } => Ok(format!("memory-backend-memfd,id=ram,size={bytes},share=on")),
+            Memory::Named { path, offset, bytes, align, pmem } => {
+                let path = quoted(path);
+                let mut text = format!("memory-backend-file,id=ram,size={bytes},share=on,mem-path={path}");
+                if *offset > 0 {
+                    if self.number < HAS_OFFSET {
+                        return Err(VmmError::Start {
+                            program: self.program.clone(),
+                            source: std::io::Error::other(format!(
+                                "QEMU {} cannot use memory at an offset of {} in {path}; from {}.{} on it can, or use a directory for NV-RAM",
+                                self.version,
+                                ByteCount(*offset),
+                                HAS_OFFSET.0,
+                                HAS_OFFSET.1
+                            )),
+                        });
+                    }
+                    text.push_str(&format!(",offset={offset}"));
+                }
+                if let Some(align) = align {
+                    text.push_str(&format!(",align={align}"));
+                }
+                if *pmem {
+                    text.push_str(",pmem=on");
+                }
+                Ok(text)
+            }
+        }
+    }
+
+    fn boot(&self, definition: &Definition, args: &mut Args) {
+        if let Some(firmware) = &definition.firmware {
+            args.pair("-bios", firmware.to_string_lossy());
+        }
+        if let Some(kernel) = &definition.kernel {
+            args.pair("-kernel", kernel.to_string_lossy());
+            if let Some(initrd) = &definition.initrd {
+                args.pair("-initrd", initrd.to_string_lossy());
+            }
+            args.pair("-append", definition.cmdline.as_str());
+        }
+    }
+
+    fn add_vssd(&self, args: &mut Args, at: usize, vssd: &VssdDefinition, places: &Places) {
+        let path = vssd.socket.clone().unwrap_or_else(|| places.vssds.join(format!("{}.sock", vssd.name)));
+        let reconnect = if self.number >= HAS_RECONNECT_MS {
+            format!("reconnect-ms={RECONNECT_MS}")
+        } else {
+            "reconnect=1".to_owned()
+        };
+        args.pair("-chardev", format!("socket,id=vssd{at},path={},{reconnect}", quoted(&path)));
+        let queues = vssd.queues.map(|queues| format!(",num-queues={queues}")).unwrap_or_default();
+        args.pair("-device", format!("vhost-user-blk-pci,id=disk-vssd{at},chardev=vssd{at}{queues}"));
+    }
+}
+
+#[derive(Debug, Default)]
+struct Args(Vec<String>);
+
+impl Args {
+    fn pair(&mut self, option: &str, value: impl AsRef<str>) {
+        self.0.extend([option.to_owned(), value.as_ref().to_owned()]);
+    }
+
+    fn many(&mut self, args: &[impl AsRef<str>]) {
+        self.0.extend(args.iter().map(|arg| arg.as_ref().to_owned()));
+    }
+}
+
+fn add_disk(args: &mut Args, at: usize, disk: &DiskDefinition) {
+    let direct = matches!(disk.cache, DiskCache::Directsync | DiskCache::None);
+    let no_flush = disk.cache == DiskCache::Unsafe;
+    let cache = format!("cache.direct={},cache.no-flush={}", on(direct), on(no_flush));
+    let read_only = on(disk.readonly);
+    let path = quoted(&disk.path);
+    let file = format!("driver=file,node-name=file{at},filename={path},read-only={read_only},{cache}");
+    args.pair("-blockdev", file);
+    args.pair(
+        "-blockdev",
+        format!("driver={},node-name=disk{at},file=file{at},read-only={read_only},{cache}", disk.format),
+    );
+    let write_cache = on(!matches!(disk.cache, DiskCache::Directsync | DiskCache::Writethrough));
+    args.pair("-device", format!("virtio-blk-pci,id=disk{at},drive=disk{at},write-cache={write_cache}"));
+}
+
+fn add_network(args: &mut Args, at: usize, network: &NetworkDefinition, vm: &str) {
+    let mac = network.mac.clone().unwrap_or_else(|| mac_of(vm, at));
+    args.pair("-netdev", format!("{},id=net{at}", network.netdev));
+    // Without a boot ROM there is no file to be the same at the next start.
+    args.pair("-device", format!("virtio-net-pci,netdev=net{at},mac={mac},romfile="));
+}
+
+/// A locally administered address; the same for the same card of the same VM.
+fn mac_of(vm: &str, at: usize) -> String {
+    // FNV-1a: any hash that stays the same from one version of this program to the next.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in vm.bytes().chain([0]).chain(at.to_le_bytes()) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    let [a, b, c, ..] = hash.to_be_bytes();
+    format!("52:54:00:{a:02x}:{b:02x}:{c:02x}")
+}
+
+fn on(on: bool) -> &'static str {
+    if on { "on" } else { "off" }
+}
+
+/// `auto` as this host can.
+fn accel(wanted: Accel) -> &'static str {
+    let usable = || File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    match wanted {
+        Accel::Tcg => "tcg",
+        Accel::Kvm => "kvm",
+        Accel::Auto => {
+            if usable() {
+                "kvm"
+            } else {
+                "tcg"
+            }
+        }
+    }
+}
+
+/// A comma ends a value in QEMU's option syntax, and two are one.
+fn quoted(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+/// The line `q35  Standard PC (Q35 + ICH9, 2009) (alias of pc-q35-7.2)`.
+fn newest_q35(machines: &str) -> Option<String> {
+    let line = machines.lines().find(|line| line.split_whitespace().next() == Some("q35"))?;
+    Some(line.rsplit_once("alias of ")?.1.split(')').next()?.trim().to_owned())
+}
+
+fn run(program: &Path, args: &[&str]) -> Result<String, VmmError> {
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .map_err(|source| VmmError::Start { program: program.to_owned(), source })?;
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    } else {
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+        Err(VmmError::Ended { said: format!("{} {}: {said}", output.status, args.join(" ")) })
+    }
+}
