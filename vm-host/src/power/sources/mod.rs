@@ -13,6 +13,7 @@ pub mod signal;
 pub mod uevent;
 
 use std::io;
+use std::mem::discriminant;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -157,17 +158,19 @@ impl Reporter {
 
     /// The source was heard and says `kind`.
     pub(crate) fn say(&self, kind: Kind) {
-        let changed = {
+        let (turn, name) = {
             let mut health = self.lock();
             let now = unix_ms();
             health.last_heard_unix_ms = Some(now);
             health.error = None;
-            self.turn(&mut health, kind, now)
+            (turn(&mut health, kind, now), health.name.clone())
         };
-        if changed {
-            info!(source = self.name(), state = %kind, "power");
-            self.send(kind);
+        match turn {
+            Turn::Same => return,
+            Turn::Detail => debug!(source = name, state = %kind, "power"),
+            Turn::Other => info!(source = name, state = %kind, "power"),
         }
+        self.send(kind);
     }
 
     /// The source cannot be heard, and why.
@@ -181,16 +184,16 @@ impl Reporter {
     }
 
     fn fail(&self, kind: Kind, error: String) {
-        let (changed, news) = {
+        let (turn, news, name) = {
             let mut health = self.lock();
             let news = health.error.as_ref() != Some(&error);
             health.error = Some(error.clone());
-            (self.turn(&mut health, kind, unix_ms()), news)
+            (turn(&mut health, kind, unix_ms()), news, health.name.clone())
         };
         if news {
-            warn!(source = self.name(), state = %kind, error, "power");
+            warn!(source = name, state = %kind, error, "power");
         }
-        if changed {
+        if turn != Turn::Same {
             self.send(kind);
         }
     }
@@ -204,18 +207,6 @@ impl Reporter {
 
     pub(crate) fn detail(&self, detail: impl Into<String>) {
         self.lock().detail = Some(detail.into());
-    }
-
-    fn turn(&self, health: &mut Health, kind: Kind, now: u64) -> bool {
-        if health.state == Some(kind) {
-            return false;
-        }
-        let same = |a: Option<Kind>| a.map(|a| std::mem::discriminant(&a));
-        if same(health.state) != same(Some(kind)) {
-            health.since_unix_ms = Some(now);
-        }
-        health.state = Some(kind);
-        true
     }
 
     /// Waits while the receiver is far behind, but not for one that has gone or when it is to stop.
@@ -240,6 +231,27 @@ impl Reporter {
 
     fn lock(&self) -> MutexGuard<'_, Health> {
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How a word differs from the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    Same,
+    /// Only in how much is left.
+    Detail,
+    Other,
+}
+
+fn turn(health: &mut Health, kind: Kind, now: u64) -> Turn {
+    let before = health.state.replace(kind);
+    if before == Some(kind) {
+        Turn::Same
+    } else if before.is_some_and(|before| discriminant(&before) == discriminant(&kind)) {
+        Turn::Detail
+    } else {
+        health.since_unix_ms = Some(now);
+        Turn::Other
     }
 }
 
