@@ -33,6 +33,10 @@ const NEEDS: &[Need] = &[
     need("xfsprogs", "mkfs.xfs"),
     need("kmod", "depmod"),
     need("systemd", "/lib/systemd/systemd"),
+    // The UPS server, its driver for tests and its command; a message bus.
+    need("nut-server", "/lib/nut/dummy-ups"),
+    need("nut-client", "upsc"),
+    need("dbus-daemon", "dbus-daemon"),
     need("make", "make"),
     need("gcc-12", "gcc-12"),
     // The fuzz targets' engine is C++.

@@ -84,7 +84,7 @@ impl LogindError {
     /// There is no bus, or nobody on it who could be logind.
     fn is_absence(&self) -> bool {
         match self {
-            Self::Bus(zbus::Error::InputOutput(error)) => {
+            Self::Bus(zbus::Error::Connection(error, _)) => {
                 matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
             }
             Self::Bus(zbus::Error::FDO(error)) => matches!(

@@ -175,19 +175,19 @@ impl Reporter {
 
     /// The source cannot be heard, and why.
     pub(crate) fn lost(&self, error: impl Into<String>) {
-        self.fail(Kind::Lost, error.into());
+        self.fail(Kind::Lost, &error.into());
     }
 
     /// There is no such source here, and how that shows.
     pub(crate) fn not_available(&self, error: impl Into<String>) {
-        self.fail(Kind::NotAvailable, error.into());
+        self.fail(Kind::NotAvailable, &error.into());
     }
 
-    fn fail(&self, kind: Kind, error: String) {
+    fn fail(&self, kind: Kind, error: &str) {
         let (turn, news, name) = {
             let mut health = self.lock();
-            let news = health.error.as_ref() != Some(&error);
-            health.error = Some(error.clone());
+            let news = health.error.as_deref() != Some(error);
+            health.error = Some(error.to_owned());
             (turn(&mut health, kind, unix_ms()), news, health.name.clone())
         };
         if news {

@@ -100,7 +100,9 @@ fn answers_in_single_bytes_are_understood_while_they_come_in_time() {
         for line in BufReader::new(socket).lines() {
             let Ok(line) = line else { return };
             for byte in status(&line, "OB").bytes() {
-                writer.write_all(&[byte]).unwrap();
+                if writer.write_all(&[byte]).is_err() {
+                    return;
+                }
                 thread::sleep(Duration::from_millis(1));
             }
         }

@@ -4,7 +4,8 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -47,7 +48,28 @@ impl<'a> Limit<'a> {
 #[derive(Debug, Default)]
 pub(super) struct Resolver {
     /// One that was not waited for to the end: there is never a second one.
-    pending: Option<(Receiver<io::Result<Vec<SocketAddr>>>, std::sync::Arc<std::os::fd::OwnedFd>)>,
+    pending: Option<Pending>,
+}
+
+/// A thread that resolves a name.
+#[derive(Debug)]
+struct Pending {
+    found: Receiver<io::Result<Vec<SocketAddr>>>,
+    /// An eventfd: it has been found.
+    done: Arc<OwnedFd>,
+}
+
+impl Pending {
+    fn start(host: &str, port: u16) -> Result<Self, NutError> {
+        let (sender, found) = sync_channel(1);
+        let done = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let (tell, host) = (Arc::clone(&done), host.to_owned());
+        thread::Builder::new().name("power-resolve".into()).spawn(move || {
+            let _ = sender.send((host.as_str(), port).to_socket_addrs().map(Iterator::collect));
+            let _ = rustix::io::write(&*tell, &1u64.to_ne_bytes());
+        })?;
+        Ok(Self { found, done })
+    }
 }
 
 impl Resolver {
@@ -60,25 +82,15 @@ impl Resolver {
         if let Ok(address) = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
             return Ok(vec![SocketAddr::new(address, port)]);
         }
-        let (receiver, done) = match self.pending.take() {
+        let pending = match self.pending.take() {
             Some(pending) => pending,
-            None => {
-                let (sender, receiver) = sync_channel(1);
-                let done = std::sync::Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-                let (tell, host) = (std::sync::Arc::clone(&done), host.to_owned());
-                thread::Builder::new().name("power-resolve".into()).spawn(move || {
-                    let found = (host.as_str(), port).to_socket_addrs().map(Iterator::collect);
-                    let _ = sender.send(found);
-                    let _ = rustix::io::write(&*tell, &1u64.to_ne_bytes());
-                })?;
-                (receiver, done)
-            }
+            None => Pending::start(host, port)?,
         };
-        if let Err(error) = limit.wait(&*done, PollFlags::IN) {
-            self.pending = Some((receiver, done));
+        if let Err(error) = limit.wait(&*pending.done, PollFlags::IN) {
+            self.pending = Some(pending);
             return Err(error);
         }
-        let found = receiver.try_recv().map_err(|_| NutError::NoAddress)??;
+        let found = pending.found.try_recv().map_err(|_| NutError::NoAddress)??;
         if found.is_empty() { Err(NutError::NoAddress) } else { Ok(found) }
     }
 }
