@@ -356,9 +356,11 @@ fn probing_changes_nothing() {
 
 #[test]
 fn capabilities_are_told_as_json() {
+    for medium in all() {
+        eprintln!("{}", serde_json::to_string(&probe(&medium.config).unwrap()).unwrap());
+    }
     let found = probe(&tmpfs().config).unwrap();
     let json = serde_json::to_value(&found).unwrap();
-    eprintln!("{json:#}");
     assert_eq!(json["kind"], "directory");
     assert_eq!(json["file_system"]["kind"], "tmpfs");
     assert_eq!(json["alignment_bytes"], 2 * MIB);

@@ -48,8 +48,8 @@
 //! is *dropping* before its bytes go.** So after a crash the registry itself says whose bytes are to be taken away, and a
 //! file that it does not know is left alone.
 //!
-//! **Formatting** writes the word "vmNVMAKE" over the beginning of copy A of a blank device, then zeroes behind it, then B, then A from byte 8 on, then its magic, a
-//! barrier behind each: an interrupted one is told from damage and started again.
+//! **Formatting** writes the word "vmNVMAKE" over the beginning of copy A of a blank device, then zeroes behind it, then B, then A, a barrier behind
+//! each. Where an interrupted one left that word, it is told from damage and started again; where it did not, B is whole.
 
 use std::path::Path;
 
@@ -259,6 +259,14 @@ fn read(store: &dyn Store, path: &Path, offset: u64, len: u64) -> Result<Vec<u8>
     Ok(bytes)
 }
 
+/// What of a copy counts, as far as it says so itself.
+fn read_copy(store: &dyn Store, path: &Path, at: u64) -> Result<Vec<u8>> {
+    let header = read(store, path, at, HEADER as u64)?;
+    let length = long(&header, 16);
+    let is_possible = header.starts_with(&MAGIC) && length <= REGISTRY_BYTES / 2;
+    if is_possible { read(store, path, at, length) } else { Ok(header) }
+}
+
 /// Makes a medium without regions.
 pub(super) fn format(store: &dyn Store, path: &Path, identity: &Identity) -> Result<()> {
     let image = Image { identity: identity.clone(), generation: 1, table: Table::default() };
@@ -266,13 +274,9 @@ pub(super) fn format(store: &dyn Store, path: &Path, identity: &Identity) -> Res
     let write = || {
         // A later commit must find its bytes written, so that it cannot run out of space.
         let zeroes = vec![0; usize::try_from(REGISTRY_BYTES).unwrap_or(0).saturating_sub(MAKING.len())];
-        for (at, part) in [
-            (0, &MAKING[..]),
-            (MAKING.len() as u64, &zeroes),
-            (COPIES[1], &bytes),
-            (MAGIC.len() as u64, &bytes[MAGIC.len()..]),
-            (0, &bytes[..MAGIC.len()]),
-        ] {
+        for (at, part) in
+            [(0, &MAKING[..]), (MAKING.len() as u64, &zeroes), (COPIES[1], &bytes), (COPIES[0], &bytes)]
+        {
             store.write_at(at, part)?;
             store.sync()?;
         }
@@ -293,10 +297,8 @@ impl Registry {
         path: &Path,
         check: impl FnOnce(&Identity) -> Result<()>,
     ) -> Result<(Self, Table)> {
-        let raw = COPIES.map(|at| read(store, path, at, REGISTRY_BYTES / 2));
-        let [a, b] = raw;
-        let raw = [a?, b?];
-        let copies = [Image::decode(&raw[0]), Image::decode(&raw[1])];
+        let [a, b] = COPIES.map(|at| read_copy(store, path, at));
+        let copies = [Image::decode(&a?), Image::decode(&b?)];
         for copy in &copies {
             if let Err(Flaw::Newer(found)) = copy {
                 return Err(Error::NewerVersion { path: path.to_owned(), found: *found, known: VERSION });
@@ -313,7 +315,7 @@ impl Registry {
             [Err(Flaw::Making), _] => return Err(Error::Unformatted { path: path.to_owned() }),
             [Ok(a), Err(flaw)] => (a, Some((1, flaw.to_string()))),
             [Err(flaw), Ok(b)] => (b, Some((0, flaw.to_string()))),
-            [Err(_), Err(_)] if raw.iter().flatten().all(|&b| b == 0) => {
+            [Err(_), Err(_)] if is_blank(store, path)? => {
                 return Err(Error::Unformatted { path: path.to_owned() });
             }
             [Err(a), Err(b)] => {

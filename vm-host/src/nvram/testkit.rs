@@ -110,11 +110,11 @@ impl Sim {
         let state = self.lock();
         let pieces: Vec<Op> = state.pending.iter().flat_map(|op| op.pieces(atom)).collect();
         let n = pieces.len();
-        let choices: Vec<Vec<bool>> = if n <= 8 {
+        let choices: Vec<Vec<bool>> = if n <= 6 {
             (0..1usize << n).map(|mask| (0..n).map(|i| mask >> i & 1 == 1).collect()).collect()
         } else {
             let mut lot = StdRng::seed_from_u64(n as u64);
-            let step = n.div_ceil(16);
+            let step = n.div_ceil(8);
             (0..=n)
                 .step_by(step)
                 .flat_map(|k| [(0..n).map(|i| i < k).collect(), (0..n).map(|i| i >= k).collect()])

@@ -15,7 +15,7 @@ use super::table::{Entry, Limits, Phase, Purpose, RegionId, Room, Span, Table};
 use super::testkit::{Image, Sim, SimDirectory};
 
 const UNIT: u64 = 4096;
-const SPAN: Span = Span { start: REGISTRY_BYTES, end: REGISTRY_BYTES + 8 * UNIT };
+const SPAN: Span = Span { start: REGISTRY_BYTES, end: REGISTRY_BYTES + 12 * UNIT };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -35,6 +35,18 @@ fn identity(kind: Kind) -> Identity {
 fn formatted(kind: Kind) -> Sim {
     let sim = Sim::blank(if kind == Kind::Device { SPAN.end } else { REGISTRY_BYTES });
     registry::format(&*sim.store(0, REGISTRY_BYTES), path(), &identity(kind)).unwrap();
+    sim
+}
+
+/// With so many regions that the registry can be torn at a sector's boundary.
+fn populated(kind: Kind) -> Sim {
+    let sim = formatted(kind);
+    let regions = open(&sim, kind).unwrap();
+    for owner in ["d", "e"] {
+        for purpose in Purpose::ALL {
+            run(&regions, Step::Allocate(owner, purpose, 1)).unwrap();
+        }
+    }
     sim
 }
 
@@ -90,7 +102,7 @@ fn run(regions: &Regions, step: Step) -> Result<()> {
 
 /// What was ready before the script, and after each of its steps; and how many operations it takes.
 fn reference(kind: Kind) -> (Vec<Vec<Entry>>, usize) {
-    let sim = formatted(kind);
+    let sim = populated(kind);
     let regions = open(&sim, kind).unwrap();
     let before = sim.operations();
     let mut seen = vec![regions.ready()];
@@ -158,7 +170,7 @@ fn check_free_space(sim: &Sim) {
 fn cut_everywhere(kind: Kind, atom: usize) {
     let (seen, operations) = reference(kind);
     for k in 1..=operations + 1 {
-        let sim = formatted(kind);
+        let sim = populated(kind);
         let done = run_until_cut(&sim, kind, k);
         let allowed = [&seen[done], &seen[(done + 1).min(SCRIPT.len())]];
         for (i, image) in sim.cuts(atom).into_iter().enumerate() {
@@ -190,12 +202,12 @@ fn directory_after_a_power_cut_is_as_before_or_as_after() {
 }
 
 /// The daemon is killed, what it wrote is still in the page cache; a second one opens the medium, and the power goes.
-fn kill_then_cut(kind: Kind) {
+fn kill_then_cut(kind: Kind, atom: usize) {
     let (seen, operations) = reference(kind);
     for k in 1..=operations {
         let dead = |sim: &Sim| run_until_cut(sim, kind, k);
         for j in 1.. {
-            let sim = formatted(kind);
+            let sim = populated(kind);
             let done = dead(&sim);
             let allowed = [&seen[done], &seen[(done + 1).min(SCRIPT.len())]];
             sim.restart();
@@ -203,7 +215,7 @@ fn kill_then_cut(kind: Kind) {
             // What the second daemon said counts from then on.
             let said = open(&sim, kind).map(|regions| regions.ready());
             let is_complete = !sim.is_off();
-            for (i, image) in sim.cuts(512).into_iter().enumerate() {
+            for (i, image) in sim.cuts(atom).into_iter().enumerate() {
                 let what = format!(
                     "{kind:?}, killed in operation {k}, power cut {j} operations into opening, image {i}"
                 );
@@ -221,12 +233,12 @@ fn kill_then_cut(kind: Kind) {
 
 #[test]
 fn device_of_a_killed_daemon_survives_a_power_cut_while_it_is_opened() {
-    kill_then_cut(Kind::Device);
+    kill_then_cut(Kind::Device, 512);
 }
 
 #[test]
 fn directory_of_a_killed_daemon_survives_a_power_cut_while_it_is_opened() {
-    kill_then_cut(Kind::Directory);
+    kill_then_cut(Kind::Directory, 512);
 }
 
 #[test]
@@ -237,8 +249,7 @@ fn interrupted_formatting_can_be_started_again() {
         let sim = Sim::blank(SPAN.end);
         sim.cut_after(k);
         let result = registry::format(&*sim.store(0, REGISTRY_BYTES), path(), &identity);
-        // The first eight bytes go at once: that is what the order relies on.
-        for image in sim.cuts(512) {
+        for image in [64, 512].into_iter().flat_map(|atom| sim.cuts(atom)) {
             let after = Sim::new(image);
             let store = after.store(0, REGISTRY_BYTES);
             match open(&after, Kind::Device) {
