@@ -3,6 +3,8 @@
 //! NV-RAM on real media: tmpfs, whatever the temporary files lie on, a plain file with extents, and hugetlbfs where it is mounted
 //! with free pages.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};

@@ -263,6 +263,11 @@ impl Nvram {
         &self.config.name
     }
 
+    /// Random bytes that were drawn when it was formatted: a medium in memory gets others after each restart.
+    pub fn id(&self) -> [u8; 16] {
+        self.regions.medium()
+    }
+
     /// What it can do, tried when it was opened.
     pub fn capabilities(&self) -> &Capabilities {
         &self.capabilities

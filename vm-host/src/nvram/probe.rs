@@ -313,6 +313,21 @@ impl Target {
             }
             return Ok((self.file.try_clone()?, page));
         }
+        match self.new_probe_file(page) {
+            Ok(file) => Ok((file, page)),
+            // A full file system must not look like a worse one: the registry is there since it was formatted.
+            Err(error) => {
+                let registry = self.path.join(super::REGISTRY_FILE);
+                let file = OpenOptions::new().read(true).write(true).open(registry).map_err(|_| error)?;
+                // Where the registry was copied sparsely, its page may be a hole.
+                fallocate(&file, FallocateFlags::KEEP_SIZE, 0, page)?;
+                Ok((file, page))
+            }
+        }
+    }
+
+    /// Without a name, or with one for a moment.
+    fn new_probe_file(&self, page: u64) -> std::io::Result<File> {
         let mut options = OpenOptions::new();
         options.read(true).write(true).mode(0o600);
         let file = match options.clone().custom_flags(libc::O_TMPFILE).open(&self.path) {
@@ -326,7 +341,7 @@ impl Target {
         };
         file.set_len(page)?;
         fallocate(&file, FallocateFlags::empty(), 0, page)?;
-        Ok((file, page))
+        Ok(file)
     }
 
     /// Tries what the medium can do. Its content stays as it is.
@@ -354,49 +369,69 @@ impl Target {
                 (Support::no(&*why), uffd::untried(&why), has_dax(&self.file))
             }
         };
-        let is_memory = self.file_system.is_some_and(FileSystem::is_memory);
+        let nature =
+            Nature::of(self.kind, self.file_system, is_dax_file, nvdimm.as_ref(), declared_persistent);
+        Ok(Capabilities {
+            kind: self.kind,
+            file_system: self.file_system,
+            size_bytes: self.size,
+            alignment_bytes: self.alignment(),
+            is_dax: nature.is_dax,
+            map_sync,
+            user_faults,
+            nvdimm,
+            survives_reboot: nature.survives_reboot,
+            declared_persistent,
+            flush: nature.flush,
+        })
+    }
+}
+
+/// What follows from what was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Nature {
+    is_dax: bool,
+    survives_reboot: bool,
+    flush: Flush,
+}
+
+impl Nature {
+    fn of(
+        kind: MediumKind,
+        file_system: Option<FileSystem>,
+        is_dax_file: bool,
+        nvdimm: Option<&NvdimmRegion>,
+        declared_persistent: bool,
+    ) -> Self {
+        let is_memory = file_system.is_some_and(FileSystem::is_memory);
         // Others, virtiofs say, have DAX on something that is not theirs to vouch for.
-        let is_known = self.file_system.is_some_and(|fs| matches!(fs.kind, FsKind::Ext | FsKind::Xfs));
-        let is_volatile = nvdimm.as_ref().is_some_and(|region| region.is_volatile);
-        let is_dax = match self.kind {
+        let is_known = file_system.is_some_and(|fs| matches!(fs.kind, FsKind::Ext | FsKind::Xfs));
+        let is_volatile = nvdimm.is_some_and(|region| region.is_volatile);
+        let keeps_caches = nvdimm.is_some_and(|region| region.domain == PersistenceDomain::CpuCache);
+        let is_dax = match kind {
             MediumKind::DaxDevice => true,
             MediumKind::BlockDevice => false,
             MediumKind::Directory | MediumKind::File => is_dax_file,
         };
-        let survives_reboot = match self.kind {
+        let survives_reboot = match kind {
             // Without a region it is memory that was set aside, not NV-RAM.
             MediumKind::DaxDevice => nvdimm.is_some() && !is_volatile,
             _ => is_dax && is_known && !is_volatile,
         };
-        let keeps_caches = nvdimm.as_ref().is_some_and(|region| region.domain == PersistenceDomain::CpuCache);
-        let flush = match self.kind {
+        let flush = match kind {
             _ if is_memory || (is_dax && keeps_caches) => Flush::Nothing,
             MediumKind::DaxDevice if !survives_reboot && declared_persistent => Flush::Nothing,
             MediumKind::DaxDevice if cache::can_write_back() => Flush::CacheLines,
             MediumKind::DaxDevice => Flush::Impossible,
             _ => Flush::Sync,
         };
-        Ok(Capabilities {
-            kind: self.kind,
-            file_system: self.file_system,
-            size_bytes: self.size,
-            alignment_bytes: self.alignment(),
-            is_dax,
-            map_sync,
-            user_faults,
-            nvdimm,
-            survives_reboot,
-            declared_persistent,
-            flush,
-        })
+        Self { is_dax, survives_reboot, flush }
     }
 }
 
 fn has_dax(file: &File) -> bool {
-    statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS).is_ok_and(|found| {
-        found.stx_attributes_mask.contains(StatxAttributes::DAX)
-            && found.stx_attributes.contains(StatxAttributes::DAX)
-    })
+    statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)
+        .is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::DAX))
 }
 
 /// The folder of a device in sysfs, without links on the way.
@@ -442,4 +477,157 @@ fn region_of(device: &Path, depth: u32) -> Option<NvdimmRegion> {
     };
     let name = all.iter().map(|region| region.name.as_str()).collect::<Vec<_>>().join("+");
     (!all.is_empty()).then_some(NvdimmRegion { name, domain, is_volatile })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn fs(kind: FsKind) -> Option<FileSystem> {
+        Some(FileSystem { kind, magic: 0, block_bytes: 4096 })
+    }
+
+    fn region(domain: PersistenceDomain, is_volatile: bool) -> NvdimmRegion {
+        NvdimmRegion { name: "region0".to_owned(), domain, is_volatile }
+    }
+
+    fn capabilities(
+        kind: MediumKind,
+        file_system: Option<FileSystem>,
+        is_dax_file: bool,
+        nvdimm: Option<NvdimmRegion>,
+        declared_persistent: bool,
+    ) -> Capabilities {
+        let nature = Nature::of(kind, file_system, is_dax_file, nvdimm.as_ref(), declared_persistent);
+        Capabilities {
+            kind,
+            file_system,
+            size_bytes: None,
+            alignment_bytes: ALIGNMENT,
+            is_dax: nature.is_dax,
+            map_sync: Support::Yes,
+            user_faults: uffd::untried("not tried"),
+            nvdimm,
+            survives_reboot: nature.survives_reboot,
+            declared_persistent,
+            flush: nature.flush,
+        }
+    }
+
+    #[test]
+    fn what_keeps_virtual_machines_and_how_it_is_flushed() {
+        use MediumKind::{BlockDevice, DaxDevice, Directory, File};
+        use PersistenceDomain::{CpuCache, MemoryController, Unknown};
+        let lines = if cache::can_write_back() { Flush::CacheLines } else { Flush::Impossible };
+        let (ext, xfs, tmpfs, huge, other) =
+            (fs(FsKind::Ext), fs(FsKind::Xfs), fs(FsKind::Tmpfs), fs(FsKind::Hugetlbfs), fs(FsKind::Other));
+        let on = |domain| Some(region(domain, false));
+        let volatile = || Some(region(CpuCache, true));
+        let cases = [
+            (Directory, ext, true, on(CpuCache), false, true, Flush::Nothing),
+            (Directory, ext, true, on(MemoryController), false, true, Flush::Sync),
+            (Directory, xfs, true, on(Unknown), false, true, Flush::Sync),
+            // A mapped device whose parts are not known.
+            (Directory, xfs, true, None, false, true, Flush::Sync),
+            (File, ext, true, on(CpuCache), false, true, Flush::Nothing),
+            (Directory, ext, true, volatile(), false, false, Flush::Nothing),
+            (Directory, other, true, None, false, false, Flush::Sync),
+            (Directory, ext, false, on(CpuCache), false, false, Flush::Sync),
+            (Directory, ext, false, None, true, true, Flush::Sync),
+            (Directory, tmpfs, false, None, false, false, Flush::Nothing),
+            (Directory, tmpfs, false, None, true, true, Flush::Nothing),
+            (Directory, huge, false, None, true, true, Flush::Nothing),
+            (BlockDevice, None, false, on(CpuCache), false, false, Flush::Sync),
+            (DaxDevice, None, false, on(CpuCache), false, true, Flush::Nothing),
+            (DaxDevice, None, false, on(Unknown), false, lines == Flush::CacheLines, lines),
+            (DaxDevice, None, false, None, false, false, lines),
+            (DaxDevice, None, false, None, true, true, Flush::Nothing),
+        ];
+        for (kind, file_system, is_dax_file, nvdimm, declared, keeps, flush) in cases {
+            let found = capabilities(kind, file_system, is_dax_file, nvdimm, declared);
+            assert_eq!((found.verdict().keeps(), found.flush), (keeps, flush), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn verdict_says_what_is_lost_and_what_to_do() {
+        let ext = capabilities(MediumKind::Directory, fs(FsKind::Ext), false, None, false);
+        let Verdict::Loses { why, advice } = ext.verdict() else { panic!() };
+        assert_eq!(why, "ext4 without DAX: its pages are in the host's memory, and gone after a restart");
+        assert!(advice.starts_with("mount with -o dax=always on a pmem device, or set declared_persistent"));
+        let dax = region(PersistenceDomain::MemoryController, false);
+        let dax = capabilities(MediumKind::Directory, fs(FsKind::Ext), true, Some(dax), false);
+        let Verdict::Keeps { notes } = dax.verdict() else { panic!() };
+        assert!(notes[0].contains("MemoryController") && notes[0].contains("flush"), "{notes:?}");
+    }
+
+    /// A sysfs with an NVDIMM region a domain, each with a disk of a partition, and a mapped device over all of them.
+    fn sysfs(domains: &[Option<&str>]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| root.path().join(path);
+        fs::create_dir_all(at("dev/block")).unwrap();
+        let mapped = at("devices/virtual/block/dm-0/slaves");
+        fs::create_dir_all(&mapped).unwrap();
+        symlink(mapped.parent().unwrap(), at("dev/block/253:0")).unwrap();
+        for (i, domain) in domains.iter().enumerate() {
+            let region = at(&format!("devices/ndbus0/region{i}"));
+            let disk = region.join(format!("namespace{i}.0/block/pmem{i}"));
+            fs::create_dir_all(disk.join("slaves")).unwrap();
+            fs::create_dir_all(disk.join(format!("pmem{i}p1"))).unwrap();
+            fs::write(region.join("devtype"), "nd_pmem\n").unwrap();
+            if let Some(domain) = domain {
+                fs::write(region.join("persistence_domain"), format!("{domain}\n")).unwrap();
+            }
+            symlink(&disk, at(&format!("dev/block/259:{i}"))).unwrap();
+            symlink(disk.join(format!("pmem{i}p1")), at(&format!("dev/block/260:{i}"))).unwrap();
+            symlink(&disk, mapped.join(format!("pmem{i}"))).unwrap();
+        }
+        root
+    }
+
+    fn below(root: &tempfile::TempDir, major: u32, minor: u32) -> Option<NvdimmRegion> {
+        nvdimm_below(root.path(), "block", rustix::fs::makedev(major, minor))
+    }
+
+    #[test]
+    fn domain_is_that_of_the_region_below() {
+        let root = sysfs(&[Some("cpu_cache"), Some("memory_controller"), None]);
+        let expected =
+            [PersistenceDomain::CpuCache, PersistenceDomain::MemoryController, PersistenceDomain::Unknown];
+        for (minor, domain) in (0..).zip(expected) {
+            for major in [259, 260] {
+                let found = below(&root, major, minor).unwrap();
+                assert_eq!((found.domain, found.is_volatile), (domain, false));
+                assert_eq!(found.name, format!("region{minor}"));
+            }
+        }
+        assert_eq!(below(&root, 8, 0), None);
+    }
+
+    #[test]
+    fn mapped_device_has_the_domain_of_its_weakest_part() {
+        for (parts, expected) in [
+            (&[Some("cpu_cache"), Some("cpu_cache")][..], PersistenceDomain::CpuCache),
+            (&[Some("cpu_cache"), Some("memory_controller")], PersistenceDomain::MemoryController),
+            (&[None, Some("cpu_cache")], PersistenceDomain::Unknown),
+        ] {
+            let root = sysfs(parts);
+            assert_eq!(below(&root, 253, 0).unwrap().domain, expected);
+        }
+        let root = sysfs(&[Some("cpu_cache")]);
+        let disk = root.path().join("devices/pci0/block/sda");
+        fs::create_dir_all(&disk).unwrap();
+        symlink(&disk, root.path().join("devices/virtual/block/dm-0/slaves/sda")).unwrap();
+        assert_eq!(below(&root, 253, 0), None, "a part of it is no NVDIMM");
+    }
+
+    #[test]
+    fn volatile_region_is_told() {
+        let root = sysfs(&[Some("cpu_cache")]);
+        fs::write(root.path().join("devices/ndbus0/region0/devtype"), "nd_volatile\n").unwrap();
+        assert!(below(&root, 259, 0).unwrap().is_volatile);
+    }
 }

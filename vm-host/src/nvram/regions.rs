@@ -73,6 +73,10 @@ impl Regions {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn medium(&self) -> [u8; 16] {
+        self.lock().registry.identity().medium
+    }
+
     fn room(&self, state: &State) -> Result<Room> {
         if let Some(span) = state.registry.identity().span() {
             return Ok(Room::Extents(span));

@@ -5,6 +5,8 @@
 //! Of what was written since the last barrier each atom (512 bytes, say) may have arrived or not, whatever became of the others. A process that is killed
 //! leaves all of it, but not yet durable: [`Sim::restart`].
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};

@@ -2,15 +2,17 @@
 
 //! Power cuts at every step, damage to every byte, and the allocator against a naive oracle.
 
+use std::io;
 use std::path::Path;
 
 use proptest::prelude::*;
 
 use super::error::{Error, Result};
-use super::place::{Extents, Place};
+use super::place::{Extents, Place, Progress};
 use super::regions::Regions;
 use super::registry::{self, Identity, REGISTRY_BYTES, crc32c};
 use super::slot::{SLOT_HEADER_BYTES, SavedHeader, SavedState, Slot, SlotContent};
+use super::store::Store;
 use super::table::{Entry, Limits, Phase, Purpose, RegionId, Room, Span, Table};
 use super::testkit::{Image, Sim, SimDirectory};
 
@@ -654,6 +656,55 @@ fn files_are_counted_against_what_the_file_system_has() {
         "{refused:?}"
     );
     begin("b", 3).unwrap();
+}
+
+/// A directory whose file system gets full.
+#[derive(Debug)]
+struct Full(SimDirectory);
+
+impl Place for Full {
+    fn make(&self, entry: &Entry, _progress: Progress<'_>) -> io::Result<()> {
+        self.0.0.set_file(entry.file_name(), Some(entry.bytes / 2))?;
+        Err(io::ErrorKind::StorageFull.into())
+    }
+
+    fn unmake(&self, entry: &Entry) -> io::Result<()> {
+        self.0.unmake(entry)
+    }
+
+    fn check(&self, entry: &Entry) -> io::Result<Option<String>> {
+        self.0.check(entry)
+    }
+
+    fn open(&self, entry: &Entry) -> io::Result<Box<dyn Store>> {
+        self.0.open(entry)
+    }
+
+    fn flush(&self, entry: &Entry) -> io::Result<()> {
+        self.0.flush(entry)
+    }
+
+    fn free(&self) -> io::Result<Option<u64>> {
+        Ok(Some(5 * UNIT))
+    }
+}
+
+#[test]
+fn region_that_found_no_space_leaves_nothing() {
+    let sim = formatted(Kind::Directory);
+    let place = Box::new(Full(SimDirectory(sim.clone())));
+    let store = sim.store(0, REGISTRY_BYTES);
+    let regions = Regions::open(path(), store, place, Limits::default(), |_| Ok(())).unwrap();
+    for _ in 0..2 {
+        let refused = regions.allocate("a", Purpose::Memory, 4 * UNIT, UNIT, &mut |_, _| ());
+        assert!(
+            matches!(refused, Err(Error::NoSpace { requested_bytes, available_bytes })
+                if requested_bytes == 4 * UNIT && available_bytes == 5 * UNIT),
+            "{refused:?}"
+        );
+        assert!(sim.seen().files.is_empty());
+        assert!(regions.ready().is_empty());
+    }
 }
 
 #[test]

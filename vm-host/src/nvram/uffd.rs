@@ -8,6 +8,7 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use serde::Serialize;
 
@@ -167,10 +168,14 @@ fn written(pagemap: RawFd, range: &Range) -> io::Result<u64> {
     ioctl(pagemap, PAGEMAP_SCAN, &mut argument)
 }
 
-/// Stores to the first byte what it holds.
+/// Stores to the first byte what it holds. In one step: somebody else may be storing to it.
 fn touch(mapping: &Mapping) {
-    // SAFETY: a mapping has at least one page; `try_all`'s caller vouches that it is backed, so the access ends well.
-    unsafe { mapping.start().write_volatile(mapping.start().read_volatile()) };
+    // SAFETY: a mapping has at least one page; `try_all`'s caller vouches that it is backed, so the access ends well. A byte is
+    // always aligned, and in this process it is accessed in no other way meanwhile.
+    let byte = unsafe { AtomicU8::from_ptr(mapping.start()) };
+    let held = byte.load(Ordering::Relaxed);
+    // Where it has just changed, the write that matters has happened, too.
+    let _ = byte.compare_exchange(held, held, Ordering::Relaxed, Ordering::Relaxed);
 }
 
 fn try_async(mapping: &Mapping, range: &Range) -> io::Result<()> {
