@@ -16,8 +16,11 @@
 //! is about to run, a new incarnation is made durable first, and a saved state counts only for the incarnation that it was
 //! saved from.**
 
+pub mod config;
 pub mod definition;
 pub mod fault;
+pub mod host;
+pub mod lint;
 pub mod nvram;
 pub mod power;
 pub mod record;

@@ -125,6 +125,7 @@ pub struct Vm {
     letters: Sender<Letter>,
     wake: Arc<OwnedFd>,
     status: Arc<Mutex<Status>>,
+    definition: Mutex<Definition>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -135,12 +136,13 @@ impl Vm {
         let (letters, inbox) = mpsc::channel();
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let status = Arc::new(Mutex::new(Status::new(&record)));
+        let definition = Mutex::new(record.definition.clone());
         let keeper = Keeper::new(record, shared, Arc::clone(&status));
         let bell = Arc::clone(&wake);
         let thread = thread::Builder::new()
             .name(format!("vm {name}").chars().take(15).collect())
             .spawn(move || keeper.run(&inbox, &bell))?;
-        Ok(Self { name, letters, wake, status, thread: Some(thread) })
+        Ok(Self { name, letters, wake, status, definition, thread: Some(thread) })
     }
 
     /// How it is now; never waits for the VM.
@@ -148,22 +150,29 @@ impl Vm {
         self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Gives an order; its end comes through what is returned.
-    pub fn order(&self, order: Order) -> Receiver<Answer> {
-        let (sender, receiver) = mpsc::channel();
-        self.send(Letter::Order(order, sender));
-        receiver
+    /// Its definition, as it was last read or written.
+    pub fn definition(&self) -> Definition {
+        self.definition.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Gives an order; its end comes through `answers`.
+    pub fn send_order(&self, order: Order, answers: Sender<Answer>) {
+        self.send(Letter::Order(order, answers));
     }
 
     /// Gives an order and waits for its end.
     pub fn call(&self, order: Order) -> Answer {
-        self.await_answer(&self.order(order))
+        let (sender, receiver) = mpsc::channel();
+        self.send_order(order, sender);
+        self.await_answer(&receiver)
     }
 
     pub fn redefine(&self, definition: Definition) -> Answer {
         let (sender, receiver) = mpsc::channel();
-        self.send(Letter::Redefine(Box::new(definition), sender));
-        self.await_answer(&receiver)
+        self.send(Letter::Redefine(Box::new(definition.clone()), sender));
+        let status = self.await_answer(&receiver)?;
+        *self.definition.lock().unwrap_or_else(PoisonError::into_inner) = definition;
+        Ok(status)
     }
 
     fn await_answer(&self, receiver: &Receiver<Answer>) -> Answer {

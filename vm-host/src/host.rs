@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: Apache-2.0 OR MIT
+
+//! All VMs of this host: which may be started, what is done with all of them when the power fails and comes back.
+//!
+//! ```text
+//!   control socket ──► Host::start, save, … ──► Vm::call ──► that VM's keeper
+//!   power loop ──────► Host::save_all, resume_all ──► every VM's keeper, the most important first
+//! ```
+//!
+//! No lock is held while a VM is waited for.
+
+use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::{error, info, warn};
+use vssd_protocol::control::ErrorCode;
+
+use crate::config::Config;
+use crate::definition::Definition;
+use crate::fault::Fault;
+use crate::lint::{self, Finding, Level};
+use crate::nvram::{self, MediumConfig, Nvram, Verdict};
+use crate::power::budget::{self, Budget, Plan, Steps};
+use crate::record::{Record, Records, Wanted};
+use crate::vm::{Order, Shared, Status, Tell, Vm, VmState};
+use crate::vmm::Vmm;
+
+/// What each step of a save is taken to need before it was ever measured, in microseconds.
+const ASSUMED: Steps = Steps { stop_us: 5_000, save_us: 20_000, commit_us: 5_000, flush_us: 20_000 };
+/// Between a critical event and the first order to stop.
+const REACTION_US: u64 = 2_000;
+
+/// A medium that the configuration names.
+#[derive(Debug)]
+pub struct Medium {
+    pub config: MediumConfig,
+    /// Open, or why it is not.
+    pub nvram: Result<Arc<Nvram>, Fault>,
+}
+
+/// What saving or resuming all came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    pub ok: u32,
+    pub failed: u32,
+    pub took: Duration,
+}
+
+/// All VMs.
+#[derive(Debug)]
+pub struct Host {
+    shared: Arc<Shared>,
+    media: Vec<Medium>,
+    vms: RwLock<BTreeMap<String, Arc<Vm>>>,
+    /// VMs whose records cannot be read.
+    unreadable: BTreeMap<String, Fault>,
+    budget: Budget,
+    /// One VM is admitted at a time: two that fit alone may not fit together.
+    admission: Mutex<()>,
+}
+
+impl Host {
+    /// Opens the media and reads the records. No machine is looked at before [`Host::recover`].
+    pub fn open(config: &Config, vmm: Arc<dyn Vmm>, teller: Arc<dyn Tell>) -> Result<Self, Fault> {
+        let media: Vec<Medium> = config.nvram.iter().map(open_medium).collect();
+        let open = media
+            .iter()
+            .filter_map(|medium| Some((medium.config.name.clone(), Arc::clone(medium.nvram.as_ref().ok()?))));
+        let shared = Arc::new(Shared {
+            records: Records::open(&config.state_dir.join("vms"))?,
+            media: open.collect(),
+            vmm,
+            runtime_dir: config.runtime_dir.join("vms"),
+            log_dir: config.log_dir.clone(),
+            vssd_dir: config.vssd.runtime_dir.clone(),
+            swap_dir: config.swap_dir(),
+            teller,
+        });
+        let (mut vms, mut unreadable) = (BTreeMap::new(), BTreeMap::new());
+        for (name, record) in shared.records.all()? {
+            match record {
+                Ok(record) => {
+                    vms.insert(name, Arc::new(keep(record, &shared)?));
+                }
+                Err(error) => {
+                    error!(vm = name, %error, "a VM's record cannot be read; its memory is left alone");
+                    unreadable.insert(name, error.into());
+                }
+            }
+        }
+        let lanes = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let budget = Budget {
+            window_us: config.power.shortest_window_ms().saturating_mul(1000),
+            reaction_us: REACTION_US,
+            reserve_us: config.power.reserve_ms.saturating_mul(1000),
+            lanes,
+            assumed: ASSUMED,
+        };
+        Ok(Self { shared, media, vms: RwLock::new(vms), unreadable, budget, admission: Mutex::new(()) })
+    }
+
+    /// Adopts what runs, resumes what was saved and is wanted, starts what is to start with the daemon.
+    pub fn recover(&self) -> Outcome {
+        let begun = Instant::now();
+        let outcome = self.for_all(Order::Recover, |_| true);
+        for vm in self.vms() {
+            let status = vm.status();
+            if status.state == VmState::Stopped && status.wanted == Wanted::Running {
+                info!(vm = status.name, "is to run");
+            }
+        }
+        Outcome { took: begun.elapsed(), ..outcome }
+    }
+
+    // ---- for operators ----
+
+    pub fn define(&self, text: &str, replace: bool) -> Result<Status, Fault> {
+        let definition = Definition::parse(text)?;
+        let name = definition.name.clone();
+        if let Some(fault) = self.unreadable.get(&name) {
+            return Err(fault.clone());
+        }
+        if let Ok(vm) = self.vm(&name) {
+            if !replace {
+                return Err(Fault::new(ErrorCode::Exists, format!("{name} is defined already"))
+                    .hint("--replace changes a stopped VM"));
+            }
+            return vm.redefine(definition);
+        }
+        let record = Record::new(definition);
+        self.shared.records.write(&record)?;
+        let vm = Arc::new(keep(record, &self.shared)?);
+        let status = vm.status();
+        self.vms.write().unwrap_or_else(PoisonError::into_inner).insert(name, vm);
+        Ok(status)
+    }
+
+    pub fn undefine(&self, name: &str) -> Result<(), Fault> {
+        self.vm(name)?.call(Order::Undefine)?;
+        self.vms.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        Ok(())
+    }
+
+    pub fn list(&self) -> Vec<Status> {
+        self.vms().iter().map(|vm| vm.status()).collect()
+    }
+
+    pub fn show(&self, name: &str) -> Result<Status, Fault> {
+        Ok(self.vm(name)?.status())
+    }
+
+    pub fn start(&self, name: &str) -> Result<Status, Fault> {
+        let vm = self.vm(name)?;
+        let _one = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        self.admit(&vm.status())?;
+        vm.call(Order::Start)
+    }
+
+    pub fn order(&self, name: &str, order: Order) -> Result<Status, Fault> {
+        let vm = self.vm(name)?;
+        if order != Order::Resume {
+            return vm.call(order);
+        }
+        let _one = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        self.admit(&vm.status())?;
+        vm.call(order)
+    }
+
+    pub fn lint(&self, text: &str) -> Result<Vec<Finding>, Fault> {
+        Ok(lint::lint(&Definition::parse(text)?))
+    }
+
+    pub fn media(&self) -> &[Medium] {
+        &self.media
+    }
+
+    pub fn unreadable(&self) -> &BTreeMap<String, Fault> {
+        &self.unreadable
+    }
+
+    // ---- for power ----
+
+    /// What saving all that runs comes to at worst.
+    pub fn plan(&self) -> Plan {
+        self.budget.plan(&self.running())
+    }
+
+    /// Saves every persistent guest that runs, the most important first, as many at a time as there are processors.
+    pub fn save_all(&self) -> Outcome {
+        let runs = |status: &Status| {
+            status.nvram.is_some() && matches!(status.state, VmState::Running | VmState::Paused)
+        };
+        self.for_all(Order::Hold, runs)
+    }
+
+    /// Continues every guest that is wanted to run and was saved.
+    pub fn resume_all(&self) -> Outcome {
+        self.for_all(Order::Resume, |status| {
+            status.state == VmState::Saved && status.wanted == Wanted::Running
+        })
+    }
+
+    fn for_all(&self, order: Order, wanted: impl Fn(&Status) -> bool) -> Outcome {
+        let begun = Instant::now();
+        let mut queue: Vec<(Arc<Vm>, Status)> = self
+            .vms()
+            .into_iter()
+            .map(|vm| {
+                let status = vm.status();
+                (vm, status)
+            })
+            .filter(|(_, status)| wanted(status))
+            .collect();
+        queue.sort_by(|(_, a), (_, b)| (b.priority, &a.name).cmp(&(a.priority, &b.name)));
+        let (sender, answers) = channel();
+        let mut outcome = Outcome::default();
+        let mut waiting = queue.iter();
+        let mut under_way = 0;
+        loop {
+            while under_way < self.budget.lanes
+                && let Some((vm, _)) = waiting.next()
+            {
+                vm.send_order(order, sender.clone());
+                under_way += 1;
+            }
+            if under_way == 0 {
+                break;
+            }
+            match answers.recv() {
+                Ok(Ok(_)) => outcome.ok += 1,
+                Ok(Err(fault)) => {
+                    warn!(?order, code = fault.code.as_str(), %fault, "one VM did not do as all");
+                    outcome.failed += 1;
+                }
+                Err(_) => break,
+            }
+            under_way -= 1;
+        }
+        Outcome { took: begun.elapsed(), ..outcome }
+    }
+
+    /// Whether a VM may begin to run.
+    fn admit(&self, status: &Status) -> Result<(), Fault> {
+        let Some(medium) = &status.nvram else { return Ok(()) };
+        self.check_medium(medium)?;
+        self.check_lint(&status.name)?;
+        self.budget.admits(&self.running(), &on_budget(status)).map_err(|refusal| {
+            Fault::new(ErrorCode::Budget, refusal.to_string()).hint(
+                "`vm-host power status` shows the budget; stop or swap out another VM, or lengthen `window_ms` if the hardware allows",
+            )
+        })?;
+        Ok(())
+    }
+
+    fn check_medium(&self, name: &str) -> Result<(), Fault> {
+        let Some(medium) = self.media.iter().find(|medium| medium.config.name == name) else {
+            return Err(Fault::new(ErrorCode::NotFound, format!("there is no NV-RAM {name:?}"))
+                .hint("`vm-host nvram list` shows those that there are"));
+        };
+        match medium.nvram.as_ref().map_err(Clone::clone)?.capabilities().verdict() {
+            Verdict::Keeps { .. } => Ok(()),
+            Verdict::Loses { why, advice } => {
+                Err(Fault::new(ErrorCode::Lint, format!("{name} would lose what guests store in it: {why}"))
+                    .hint(advice))
+            }
+        }
+    }
+
+    fn check_lint(&self, name: &str) -> Result<(), Fault> {
+        let definition = self.vm(name)?.definition();
+        let found = lint::lint(&definition);
+        for finding in &found {
+            warn!(vm = name, finding = finding.name, allowed = finding.allowed, "{}", finding.message);
+        }
+        match found.into_iter().find(|finding| finding.level == Level::Error && !finding.allowed) {
+            None => Ok(()),
+            Some(finding) => Err(Fault::new(
+                ErrorCode::Lint,
+                format!("{name} would not survive a power cut: {}", finding.message),
+            )
+            .hint(format!("{}; or allow = [\"{}\"] in its definition", finding.hint, finding.name))),
+        }
+    }
+
+    fn running(&self) -> Vec<budget::Vm> {
+        let runs = |status: &Status| {
+            status.nvram.is_some() && matches!(status.state, VmState::Running | VmState::Paused)
+        };
+        self.list().iter().filter(|status| runs(status)).map(on_budget).collect()
+    }
+
+    fn vms(&self) -> Vec<Arc<Vm>> {
+        self.vms.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn vm(&self, name: &str) -> Result<Arc<Vm>, Fault> {
+        let found = self.vms.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        match (found, self.unreadable.get(name)) {
+            (Some(vm), _) => Ok(vm),
+            (None, Some(fault)) => Err(fault.clone()),
+            (None, None) => Err(Fault::new(ErrorCode::NotFound, format!("there is no VM {name:?}"))
+                .hint("`vm-host list` shows those that there are")),
+        }
+    }
+}
+
+fn keep(record: Record, shared: &Arc<Shared>) -> Result<Vm, Fault> {
+    Vm::new(record, Arc::clone(shared))
+        .map_err(|error| Fault::new(ErrorCode::Internal, format!("cannot take care of a VM: {error}")))
+}
+
+fn open_medium(config: &MediumConfig) -> Medium {
+    let nvram = Nvram::open_or_create(config).map(Arc::new).map_err(|error: nvram::Error| {
+        error!(medium = config.name, %error, "cannot open NV-RAM; its VMs stay as they are");
+        Fault::from(error)
+    });
+    Medium { config: config.clone(), nvram }
+}
+
+fn on_budget(status: &Status) -> budget::Vm {
+    budget::Vm { name: status.name.clone(), priority: status.priority, measured: status.worst }
+}
