@@ -38,7 +38,7 @@
 //! name = "power-good"
 //! path = "/sys/class/gpio/gpio17/value"   # or fd = 5, one that was inherited
 //! low = "critical"          # what 0 means, or "battery"
-//! window_ms = 200           # each source may have a window of its own
+//! window_ms = 200           # each source may have a window of its own (logind: 5000 where nothing else is said)
 //! ```
 
 use std::path::PathBuf;
@@ -46,6 +46,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use thiserror::Error;
 
+use super::budget::{Budget, Steps};
 use super::observation::{Role, SourceId};
 use super::state::{Policy, Supplies};
 
@@ -108,7 +109,8 @@ pub struct NutConfig {
     pub user: Option<String>,
     /// Its first line is the password.
     pub password_file: Option<PathBuf>,
-    /// Be counted by the server among those that the UPS feeds. Needs a user.
+    /// Be counted by the server among those that the UPS feeds: after a forced shutdown, upsmon on the server waits for us (for
+    /// HOSTSYNC) before it switches the UPS off. Needs a user.
     #[serde(default)]
     pub login: bool,
     #[serde(default = "poll_ms")]
@@ -211,6 +213,8 @@ pub enum ConfigError {
     TooMany { actual: usize, max: usize },
     #[error("two power sources are called \"{name}\"")]
     Twice { name: String },
+    #[error("power sources \"{first}\" and \"{second}\" both want descriptor {fd}")]
+    SameDescriptor { first: String, second: String, fd: i32 },
     #[error("power source \"{name}\": {reason}")]
     Source { name: String, reason: String },
     #[error("resume_after_ms is {resume_after_ms}, at least disarm_after_ms ({disarm_after_ms}) is needed")]
@@ -220,6 +224,8 @@ pub enum ConfigError {
 }
 
 const MAX_SOURCES: usize = 64;
+/// For so long logind waits, unless its configuration says otherwise (InhibitDelayMaxSec).
+const LOGIND_WINDOW_MS: u64 = 5_000;
 
 impl PowerConfig {
     /// Whether it can be worked with.
@@ -231,6 +237,12 @@ impl PowerConfig {
             let name = source.name();
             if self.sources.iter().take(place).any(|other| other.name() == name) {
                 return Err(ConfigError::Twice { name: name.to_owned() });
+            }
+            if let Some(fd) = source.fd()
+                && let Some(other) = self.sources.iter().take(place).find(|other| other.fd() == Some(fd))
+            {
+                let (first, second) = (other.name().to_owned(), name.to_owned());
+                return Err(ConfigError::SameDescriptor { first, second, fd });
             }
             source
                 .check()
@@ -251,6 +263,17 @@ impl PowerConfig {
     pub fn shortest_window_ms(&self) -> u64 {
         let windows = self.sources.iter().map(|source| source.window_ms().unwrap_or(self.window_ms));
         windows.min().unwrap_or(self.window_ms)
+    }
+
+    /// For planning saves. `reaction_us` passes before the first VM is told to stop, `lanes` VMs are saved at a time.
+    pub fn budget(&self, reaction_us: u64, lanes: usize, assumed: Steps) -> Budget {
+        Budget {
+            window_us: self.shortest_window_ms().saturating_mul(1000),
+            reaction_us,
+            reserve_us: self.reserve_ms.saturating_mul(1000),
+            lanes,
+            assumed,
+        }
     }
 
     /// For the state machine. `needed_ms` is what the budget's plan says.
@@ -307,7 +330,7 @@ impl SourceConfig {
     pub fn window_ms(&self) -> Option<u64> {
         match self {
             Self::Nut(config) => config.window_ms,
-            Self::Logind(config) => config.window_ms,
+            Self::Logind(config) => Some(config.window_ms.unwrap_or(LOGIND_WINDOW_MS)),
             Self::Uevent(config) => config.window_ms,
             Self::Signal(config) => config.window_ms,
             Self::Edge(config) => config.window_ms,
@@ -321,6 +344,13 @@ impl SourceConfig {
         }
     }
 
+    fn fd(&self) -> Option<i32> {
+        match self {
+            Self::Edge(config) => config.fd,
+            _ => None,
+        }
+    }
+
     fn check(&self) -> Result<(), &'static str> {
         let name = self.name();
         if name.is_empty() || name.len() > 64 || name.chars().any(char::is_control) {
@@ -330,8 +360,8 @@ impl SourceConfig {
             Self::Nut(config) => config.check(),
             Self::Edge(config) => match (&config.path, config.fd) {
                 (Some(_), None) => Ok(()),
-                (None, Some(fd)) if fd >= 0 => Ok(()),
-                (None, Some(_)) => Err("a descriptor is not negative"),
+                (None, Some(fd)) if fd > 2 => Ok(()),
+                (None, Some(_)) => Err("its fd must be one after standard input, output and error"),
                 _ => Err("needs either a path or an fd"),
             },
             Self::Logind(_) | Self::Uevent(_) | Self::Signal(_) => Ok(()),
@@ -417,7 +447,8 @@ mod tests {
         let SourceConfig::Nut(nut) = &config.sources[0] else { panic!("{config:?}") };
         assert_eq!((nut.port, nut.poll_ms, nut.poll_on_battery_ms), (3493, 5_000, 1_000));
         assert_eq!(config.shortest_window_ms(), 2_000);
-        assert_eq!(config.policy(7).source_windows_ms, [None, None, None, None, Some(2_000)]);
+        assert_eq!(config.policy(7).source_windows_ms, [None, Some(5_000), None, None, Some(2_000)]);
+        assert_eq!(config.budget(0, 1, Steps::default()).window_us, 2_000_000);
         assert_eq!(config.roles()[1], Role::Host);
         assert_eq!((config.source_name(SourceId(4)), config.source_name(SourceId::TEST)), ("pg", "test"));
     }
@@ -433,6 +464,9 @@ mod tests {
         assert!(source("kind = \"nut\"\nuser = \"a\"").contains("go together"));
         assert!(source("kind = \"edge\"").contains("either a path or an fd"));
         assert!(source("kind = \"edge\"\nfd = 3\nwindow_ms = 1000").contains("leaves nothing"));
+        assert!(source("kind = \"edge\"\nfd = 2").contains("after standard input"));
+        let same = "kind = \"edge\"\nfd = 3\n[[power.source]]\nkind = \"edge\"\nname = \"y\"\nfd = 3";
+        assert_eq!(source(same), "power sources \"x\" and \"y\" both want descriptor 3");
         assert!(source("kind = \"apc\"").contains("unknown variant `apc`"));
         let twice = "[power]\n[[power.source]]\nkind = \"uevent\"\nname = \"x\"\n[[power.source]]\nkind = \"signal\"\nname = \"x\"";
         assert_eq!(parse(twice).unwrap_err(), "two power sources are called \"x\"");

@@ -188,6 +188,7 @@ mod tests {
         for round in 0..200 {
             let (content, kind) = if round % 2 == 0 { ("O", Kind::Online) } else { ("L", Kind::LowBattery) };
             fs::write(&path, content).unwrap();
+            std::thread::sleep(Duration::from_millis(2));
             let start = Instant::now();
             signal();
             assert_eq!(next(&receiver), kind);

@@ -271,6 +271,36 @@ fn unknown_source_is_ignored() {
     assert_eq!(machine.apply(say(SourceId(7), Kind::LowBattery), 1), []);
 }
 
+#[test]
+fn time_that_goes_back_stands_still() {
+    let mut machine = machine(policy());
+    machine.apply(say(A, BATTERY), 100);
+    machine.apply(say(A, Kind::Online), 10);
+    assert_eq!(machine.wake_at_ms(), Some(130));
+}
+
+#[test]
+fn event_and_view_have_stable_names() {
+    let mut machine = machine(policy());
+    let effects = machine.apply(say(A, Kind::OnBattery { runtime_left_ms: Some(150) }), 5);
+    let Some(Effect::Event(event)) = effects.last() else { panic!("{effects:?}") };
+    assert_eq!(
+        serde_json::to_value(event).unwrap(),
+        serde_json::json!({
+            "event": "state-changed", "from": "online", "to": "critical",
+            "reason": "runtime-short", "source": 0, "left_ms": 150, "needed_ms": 150,
+        })
+    );
+    assert_eq!(
+        serde_json::to_value(machine.view()).unwrap(),
+        serde_json::json!({
+            "state": "critical", "since_ms": 5, "on_battery_since_ms": 5, "shutdown_planned": false, "testing": false,
+            "needed_ms": 100,
+            "reason": { "reason": "runtime-short", "source": 0, "left_ms": 150, "needed_ms": 150 },
+        })
+    );
+}
+
 /// The same rules, written down without any cleverness: every millisecond is looked at, and what lasted is found by walking
 /// back through all that was ever the case.
 struct Oracle {
