@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
+use control_server::bind;
 use rustix::event::{EventfdFlags, eventfd};
 use tracing::{info, warn};
 use vssd_pool::{
@@ -24,7 +25,7 @@ use crate::control::{Server, ServerOptions};
 use crate::device::OwnerHandle;
 use crate::nursery::Nursery;
 use crate::sandbox::{self, Files, Sandbox, Thread};
-use crate::vhost_user::frontends::{FrontendOptions, SocketSource, VhostUserFrontends, bind};
+use crate::vhost_user::frontends::{FrontendOptions, SocketSource, VhostUserFrontends};
 use crate::vhost_user::worker::Workers;
 
 const CANNOT_CONFINE: &str = "cannot confine the daemon; --sandbox=off does without";

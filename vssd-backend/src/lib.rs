@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   data:    vring ► vhost_user::worker ► device::request ► device::execute ► vssd_pool::Lane ► status ► used ring
-//!   control: socket ► control::session ► control::negotiation (pure) ► device::owner ► effects ► {pool, notify, reply}
+//!   control: socket ► control::server ► control::negotiation (pure) ► device::owner ► effects ► {pool, notify, reply}
 //! ```
 //!
 //! * [`vhost_user`] alone knows vhost and virtio types, eventfds and guest memory.
@@ -17,7 +17,6 @@ pub mod control;
 pub mod daemon;
 pub mod device;
 pub mod nursery;
-pub mod peer;
 pub mod pool_command;
 pub mod sandbox;
 pub mod vhost_user;

@@ -6,10 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use control_server::Clock;
 use vssd_protocol::control::JobInfo;
 use vssd_protocol::units::BlockSize;
 
-use super::clock::Clock;
 use super::negotiation::JobView;
 
 /// How many ended jobs are kept.

@@ -11,24 +11,26 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use control_server::{Door, Input, Session, peer_of, rpc};
 use rustix::event::{Timespec, epoll};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
+use serde_json::Value;
 use tracing::{debug, info, warn};
 use vssd_pool::Pool;
 use vssd_protocol::control::ErrorCode;
 
 use super::negotiation::Actor;
-use super::session::{Input, MAX_WAITS, Session, Waiting};
-use super::verbs::{self, Door, Outcome};
+use super::verbs::{self, Outcome};
 use crate::device::owner::{Owner, OwnerError};
 use crate::device::{DeviceEvent, Frontends};
-use crate::peer::peer_of;
 use crate::sandbox::refusals::Refusals;
 
 /// Clients at a time on each socket: whoever may only watch cannot keep operators out.
 pub const MAX_SESSIONS: usize = 256;
+/// Calls of `job.wait` in one connection.
+const MAX_WAITS: usize = 64;
 /// Requests that one client is served before it is the next one's turn.
 const TURN: usize = 8;
 /// How long clients are served before guests, the pool and time have theirs.
@@ -43,6 +45,28 @@ const COMPLETIONS: u64 = 3;
 const SHUTDOWN: u64 = 4;
 const REFUSALS: u64 = 5;
 const FIRST_SESSION: u64 = 16;
+
+/// A `job.wait` that is not answered yet.
+#[derive(Debug)]
+struct Waiting {
+    id: Value,
+    job: u64,
+    until_ms: u64,
+}
+
+/// A client, and what it waits for.
+#[derive(Debug)]
+struct Client {
+    session: Session,
+    waits: Vec<Waiting>,
+}
+
+impl Client {
+    /// Nothing will ever be said here again.
+    fn is_over(&self) -> bool {
+        self.session.is_over() && self.waits.is_empty()
+    }
+}
 
 /// What the control loop needs.
 pub struct ServerOptions {
@@ -90,7 +114,7 @@ pub struct Server {
     refusals: Option<Refusals>,
     control: Option<UnixListener>,
     monitor: Option<UnixListener>,
-    sessions: HashMap<u64, Session>,
+    clients: HashMap<u64, Client>,
     next_token: u64,
     /// Sessions that may have requests at hand.
     unfinished: BTreeSet<u64>,
@@ -126,7 +150,7 @@ impl Server {
             refusals,
             control,
             monitor,
-            sessions: HashMap::new(),
+            clients: HashMap::new(),
             next_token: FIRST_SESSION,
             unfinished: BTreeSet::new(),
             last_served: 0,
@@ -201,7 +225,7 @@ impl Server {
         if !self.unfinished.is_empty() {
             return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         }
-        let waits = self.sessions.values().flat_map(|session| &session.waits).map(|wait| wait.until_ms).min();
+        let waits = self.clients.values().flat_map(|client| &client.waits).map(|wait| wait.until_ms).min();
         let at = [self.owner.wake_at(), waits, self.accept_again_ms].into_iter().flatten().min()?;
         let ms = at.saturating_sub(self.owner.clock().now_ms());
         // A moment too late rather than too early: the clock counts whole milliseconds.
@@ -241,18 +265,17 @@ impl Server {
     }
 
     fn welcome(&mut self, stream: UnixStream, door: Door) {
-        let actor = match peer_of(&stream) {
-            Ok(peer) => Actor { uid: peer.uid, pid: peer.pid },
+        let peer = match peer_of(&stream) {
+            Ok(peer) => peer,
             Err(error) => {
                 debug!(%error, "client is gone before it was served");
                 return;
             }
         };
         let token = self.next_token;
-        let mut session = Session::new(stream, door, actor);
-        if self.sessions.values().filter(|other| other.door == door).count() >= MAX_SESSIONS {
-            let message = format!("{MAX_SESSIONS} clients are connected, which is the limit");
-            session.send(&verbs::complaint(ErrorCode::TooLarge, &message));
+        let mut session = Session::new(stream, door, peer);
+        if self.clients.values().filter(|other| other.session.door == door).count() >= MAX_SESSIONS {
+            session.send(&rpc::too_many_clients(MAX_SESSIONS));
             let _ = session.flush(0);
             return;
         }
@@ -261,11 +284,11 @@ impl Server {
             return;
         }
         self.next_token += 1;
-        self.sessions.insert(token, session);
+        self.clients.insert(token, Client { session, waits: Vec::new() });
     }
 
     fn ready(&mut self, token: u64, flags: epoll::EventFlags) {
-        let Some(session) = self.sessions.get_mut(&token) else { return };
+        let Some(Client { session, .. }) = self.clients.get_mut(&token) else { return };
         if flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP)
             && !flags.contains(epoll::EventFlags::IN)
         {
@@ -288,7 +311,7 @@ impl Server {
         let start = Instant::now();
         let after = self.unfinished.range(self.last_served.saturating_add(1)..);
         let mut queue: Vec<u64> = after.chain(self.unfinished.range(..=self.last_served)).copied().collect();
-        queue.sort_by_key(|token| self.sessions.get(token).is_some_and(|s| s.door == Door::Monitor));
+        queue.sort_by_key(|token| self.clients.get(token).is_some_and(|c| c.session.door == Door::Monitor));
         for token in queue {
             self.unfinished.remove(&token);
             self.last_served = token;
@@ -303,34 +326,34 @@ impl Server {
     fn serve(&mut self, token: u64) {
         self.to_flush.insert(token);
         for _ in 0..TURN {
-            let Some(session) = self.sessions.get_mut(&token) else { return };
+            let Some(Client { session, waits }) = self.clients.get_mut(&token) else { return };
             let line = match session.next_line() {
                 Input::Line(line) => line,
                 Input::None => return,
                 Input::TooLong => {
-                    let message = format!("a line has at most {} bytes", session.door.max_line());
-                    session.send(&verbs::complaint(ErrorCode::TooLarge, &message));
+                    session.send(&rpc::line_too_long(session.door));
                     let _ = session.flush(0);
                     self.drop_session(token);
                     return;
                 }
             };
-            let outcome = verbs::handle(&mut self.owner, session.door, session.actor, &line);
+            let actor = Actor { uid: session.peer.uid, pid: session.peer.pid };
+            let outcome = verbs::handle(&mut self.owner, session.door, actor, &line);
             self.owner.pace().breathe();
             match outcome {
                 Outcome::Answer(answer) => session.send(&answer),
-                Outcome::Wait { id, .. } if session.waits.len() >= MAX_WAITS => {
+                Outcome::Wait { id, .. } if waits.len() >= MAX_WAITS => {
                     let message = format!("{MAX_WAITS} calls wait for jobs already");
-                    session.send(&verbs::refusal(&id, ErrorCode::TooLarge, &message));
+                    session.send(&rpc::refusal(&id, ErrorCode::TooLarge, &message));
                 }
-                Outcome::Wait { id, job, until_ms } => session.waits.push(Waiting { id, job, until_ms }),
+                Outcome::Wait { id, job, until_ms } => waits.push(Waiting { id, job, until_ms }),
                 Outcome::Subscribe { answer, filter, since } => {
                     session.send(&answer);
                     // What has happened so far is the past for this client: it is offered here or not at all.
                     self.offer_events();
                     let log = self.owner.log();
                     let (lost, lost_seq) = log.lost_after(since);
-                    if let Some(session) = self.sessions.get_mut(&token) {
+                    if let Some(Client { session, .. }) = self.clients.get_mut(&token) {
                         session.subscribe(filter, lost, lost_seq);
                         for entry in log.after(since) {
                             session.offer(entry);
@@ -349,7 +372,7 @@ impl Server {
             return;
         }
         for entry in log.after(self.told) {
-            for (token, session) in &mut self.sessions {
+            for (token, Client { session, .. }) in &mut self.clients {
                 if session.offer(entry) {
                     self.to_flush.insert(*token);
                 }
@@ -361,9 +384,8 @@ impl Server {
     fn answer_waits(&mut self) {
         let changed = self.owner.jobs().take_changed();
         let now = self.owner.clock().now_ms();
-        for (token, session) in &mut self.sessions {
-            let due =
-                session.waits.extract_if(.., |wait| wait.until_ms <= now || changed.contains(&wait.job));
+        for (token, Client { session, waits }) in &mut self.clients {
+            let due = waits.extract_if(.., |wait| wait.until_ms <= now || changed.contains(&wait.job));
             let due: Vec<Waiting> = due.collect();
             for wait in due {
                 session.send(&verbs::waited(&self.owner, &wait.id, wait.job));
@@ -375,7 +397,8 @@ impl Server {
     /// Writes what waits, and decides what to wait for next.
     fn settle(&mut self, token: u64) {
         let unix_ms = self.owner.clock().unix_ms(self.owner.clock().now_ms());
-        let Some(session) = self.sessions.get_mut(&token) else { return };
+        let Some(client) = self.clients.get_mut(&token) else { return };
+        let session = &mut client.session;
         if let Err(error) = session.flush(unix_ms) {
             debug!(%error, "client is gone");
             self.drop_session(token);
@@ -385,11 +408,12 @@ impl Server {
             // It was held back for want of room or turn; no event will say that there is some now.
             self.unfinished.insert(token);
         }
-        if session.is_over() {
+        if client.is_over() {
             self.drop_session(token);
             return;
         }
         let mut flags = epoll::EventFlags::empty();
+        let session = &client.session;
         flags.set(epoll::EventFlags::IN, session.wants_input());
         flags.set(epoll::EventFlags::OUT, session.wants_output());
         if let Err(errno) =
@@ -402,17 +426,17 @@ impl Server {
 
     fn drop_session(&mut self, token: u64) {
         // Closing the descriptor takes it out of the epoll set.
-        self.sessions.remove(&token);
+        self.clients.remove(&token);
         self.unfinished.remove(&token);
     }
 
     fn end(&mut self) {
-        info!(clients = self.sessions.len(), "control loop ends");
+        info!(clients = self.clients.len(), "control loop ends");
         self.owner.run();
         self.owner.shut_down();
         self.offer_events();
         self.answer_waits();
-        for session in self.sessions.values_mut() {
+        for Client { session, .. } in self.clients.values_mut() {
             let _ = session.flush(0);
         }
     }

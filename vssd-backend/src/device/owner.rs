@@ -18,6 +18,7 @@ use std::io;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use control_server::{About, Clock, EventLog};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rustix::event::{EventfdFlags, eventfd};
@@ -32,8 +33,6 @@ use vssd_protocol::letter::Report;
 use vssd_protocol::units::{BlockRange, ByteOffset};
 
 use super::{DeviceEvent, FrontendError, Frontends, GuestCall, Reply};
-use crate::control::clock::Clock;
-use crate::control::events::EventLog;
 use crate::control::jobs::Jobs;
 use crate::control::negotiation::{
     Actor, Counts, Effect, Event, Negotiation, News, OpId, Outcome, Pick, ReplyId, Resize, Setup,
@@ -375,7 +374,7 @@ impl Owner {
         if self.alarm.due().is_some_and(|at| at <= now) {
             let connected = self.devices.keys().any(|id| self.frontends.status(*id).connected);
             for (event, data) in self.alarm.check(&self.pool.info(), now, connected) {
-                self.log.push(self.clock.unix_ms(now), event, None, None, data);
+                self.log.push(self.clock.unix_ms(now), event, About::NOTHING, data);
             }
         }
     }
@@ -498,7 +497,7 @@ impl Owner {
                 self.jobs.update(&name, size, view);
             }
             Effect::Emit(News { event, job, data }) => {
-                self.log.push(self.clock.unix_ms(now), event, Some(vssd.name()), job, data);
+                self.log.push(self.clock.unix_ms(now), event, about(vssd.name()).job(job), data);
             }
         }
         None
@@ -507,7 +506,7 @@ impl Owner {
     fn emit(&mut self, id: VssdId, event: &str, job: Option<u64>, data: Value) {
         if let Some(device) = self.devices.get(&id) {
             let unix_ms = self.clock.unix_ms(self.clock.now_ms());
-            self.log.push(unix_ms, event, Some(device.vssd.name()), job, data);
+            self.log.push(unix_ms, event, about(device.vssd.name()).job(job), data);
             self.pace.breathe();
         }
     }
@@ -624,6 +623,11 @@ impl Device {
             owed.reply.send(response.encode(owed.kind));
         }
     }
+}
+
+/// An event about the vSSD of this name.
+fn about(name: &str) -> About<'_> {
+    About::object("device", name)
 }
 
 fn range_status(status: vssd_pool::RangeStatus) -> guest::RangeStatus {

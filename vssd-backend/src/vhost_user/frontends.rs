@@ -6,17 +6,16 @@
 //! connection that was cut before has ended: its peer then knows that nobody touches the rings any more.
 
 use std::collections::HashMap;
-use std::fs::Permissions;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use control_server::bind;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use tracing::{error, info, warn};
 use vssd_pool::{Vssd, VssdId};
@@ -153,28 +152,6 @@ impl VhostUserFrontends {
         };
         Ok((endpoint, path))
     }
-}
-
-/// Listens on `path`. A socket that nobody listens on any more is replaced; anything else in its place is not.
-pub fn bind(path: &Path, mode: u32, group: Option<u32>) -> io::Result<UnixListener> {
-    if let Ok(metadata) = std::fs::symlink_metadata(path) {
-        if !metadata.file_type().is_socket() {
-            return Err(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                "a file that is no socket is in the way",
-            ));
-        }
-        if UnixStream::connect(path).is_ok() {
-            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there"));
-        }
-        std::fs::remove_file(path)?;
-    }
-    let listener = UnixListener::bind(path)?;
-    if group.is_some() {
-        std::os::unix::fs::chown(path, None, group)?;
-    }
-    std::fs::set_permissions(path, Permissions::from_mode(mode))?;
-    Ok(listener)
 }
 
 impl Frontends for VhostUserFrontends {

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
+use control_server::peer_of;
 use rustix::event::{PollFd, PollFlags, poll};
 use tracing::{info, warn};
 use vhost::vhost_user::message::{
@@ -37,7 +38,6 @@ use super::worker::WorkerHandle;
 use crate::device::DeviceEvent;
 use crate::device::config_space::{self, Geometry};
 use crate::device::request::Limits;
-use crate::peer::peer_of;
 
 const VIRTIO_F_RING_INDIRECT_DESC: u64 = 1 << 28;
 const VIRTIO_F_RING_EVENT_IDX: u64 = 1 << 29;

@@ -14,8 +14,8 @@ use vssd_protocol::control::{
 use vssd_protocol::units::ByteCount;
 
 use super::stored::{Deadline, Stored};
-use super::{Device, Event, Owner, alarm, pick};
-use crate::control::fault::Fault;
+use super::{Device, Event, Owner, about, alarm, pick};
+use crate::control::fault::{self, Fault};
 use crate::control::negotiation::{Actor, Plan, Resize, Tail, Wish};
 use crate::control::reclaim::{DEADLINE_MS, Order};
 use crate::device::serial;
@@ -213,7 +213,7 @@ impl Owner {
         let mut data = json!({});
         actor.add_to(&mut data);
         let unix_ms = self.clock.unix_ms(self.clock.now_ms());
-        self.log.push(unix_ms, "device.deleted", Some(&params.name), None, data);
+        self.log.push(unix_ms, "device.deleted", about(&params.name), data);
         self.look_at_pool();
         Ok(())
     }
@@ -404,7 +404,7 @@ impl Owner {
         if matches!(error, vssd_pool::Error::Io { .. } | vssd_pool::Error::Damaged { .. }) {
             error!(%error, "the pool failed");
         }
-        Fault::of_pool(error, self.pool.block_size().bytes())
+        fault::of_pool(error, self.pool.block_size().bytes())
     }
 
     /// Whether the pool can promise `blocks` more.
@@ -415,7 +415,7 @@ impl Owner {
             return Ok(());
         }
         let bytes = |blocks: u64| blocks.saturating_mul(info.block_size.bytes());
-        Err(Fault::pool_full(bytes(blocks), bytes(available)))
+        Err(fault::pool_full(bytes(blocks), bytes(available)))
     }
 
     fn check_plan(&self, device: &Device, plan: &Plan) -> Answer<()> {

@@ -16,27 +16,15 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use serde_json::Value;
-
-use super::events::{self, Entry};
-use super::negotiation::Actor;
-use super::verbs::Door;
+use crate::events::{self, Entry};
+use crate::peer::Peer;
+use crate::rpc::Door;
 
 /// Answers are held back above this.
 const ENOUGH_OUTPUT: usize = 256 << 10;
 /// Events that wait for a slow reader: as many as are kept, so that all of the past can be sent.
 const MAX_EVENTS: usize = events::KEPT;
-/// Calls of `job.wait` in one connection.
-pub(super) const MAX_WAITS: usize = 64;
 const READ_CHUNK: usize = 16 << 10;
-
-/// A `job.wait` that is not answered yet.
-#[derive(Debug)]
-pub(super) struct Waiting {
-    pub(super) id: Value,
-    pub(super) job: u64,
-    pub(super) until_ms: u64,
-}
 
 #[derive(Debug)]
 struct Subscription {
@@ -49,51 +37,51 @@ struct Subscription {
 
 /// How the input stands.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Input {
+pub enum Input {
     Line(Vec<u8>),
     /// No whole line yet, or no room for its answer.
     None,
     TooLong,
 }
 
+/// One client's connection.
 #[derive(Debug)]
-pub(super) struct Session {
+pub struct Session {
     stream: UnixStream,
-    pub(super) door: Door,
-    pub(super) actor: Actor,
+    pub door: Door,
+    pub peer: Peer,
     input: Vec<u8>,
     /// Up to here there is no newline in `input`.
     scanned: usize,
     output: Vec<u8>,
     written: usize,
     subscription: Option<Subscription>,
-    pub(super) waits: Vec<Waiting>,
     /// The client sends nothing more.
-    pub(super) ended: bool,
+    pub ended: bool,
 }
 
 impl Session {
-    pub(super) fn new(stream: UnixStream, door: Door, actor: Actor) -> Self {
+    /// `stream` does not block.
+    pub fn new(stream: UnixStream, door: Door, peer: Peer) -> Self {
         Self {
             stream,
             door,
-            actor,
+            peer,
             input: Vec::new(),
             scanned: 0,
             output: Vec::new(),
             written: 0,
             subscription: None,
-            waits: Vec::new(),
             ended: false,
         }
     }
 
-    pub(super) fn stream(&self) -> &UnixStream {
+    pub fn stream(&self) -> &UnixStream {
         &self.stream
     }
 
     /// Reads what there is, once. Errors end the connection.
-    pub(super) fn fill(&mut self) -> io::Result<()> {
+    pub fn fill(&mut self) -> io::Result<()> {
         let mut chunk = [0; READ_CHUNK];
         match self.stream.read(&mut chunk) {
             Ok(0) => self.ended = true,
@@ -105,28 +93,24 @@ impl Session {
     }
 
     /// Whether more input may be read now: not before what is here was looked at.
-    pub(super) fn wants_input(&self) -> bool {
+    pub fn wants_input(&self) -> bool {
         !self.ended && self.has_room() && self.scanned == self.input.len()
     }
 
     /// Whether something waits to be written.
-    pub(super) fn wants_output(&self) -> bool {
+    pub fn wants_output(&self) -> bool {
         self.written < self.output.len()
             || self.subscription.as_ref().is_some_and(|s| s.lost > 0 || !s.queue.is_empty())
     }
 
     /// Whether there is input that [`Session::next_line`] was not asked for, and room for its answer.
-    pub(super) fn has_line_at_hand(&self) -> bool {
+    pub fn has_line_at_hand(&self) -> bool {
         self.has_room() && self.scanned < self.input.len()
     }
 
-    /// Nothing will ever be said here again.
-    pub(super) fn is_over(&self) -> bool {
-        self.ended
-            && !self.wants_output()
-            && !self.has_line_at_hand()
-            && self.waits.is_empty()
-            && self.subscription.is_none()
+    /// Nothing will ever be said here again, unless an answer is owed that was not given to [`Session::send`] yet.
+    pub fn is_over(&self) -> bool {
+        self.ended && !self.wants_output() && !self.has_line_at_hand() && self.subscription.is_none()
     }
 
     fn has_room(&self) -> bool {
@@ -134,7 +118,7 @@ impl Session {
     }
 
     /// The next request, without its newline.
-    pub(super) fn next_line(&mut self) -> Input {
+    pub fn next_line(&mut self) -> Input {
         if !self.has_room() {
             return Input::None;
         }
@@ -158,18 +142,18 @@ impl Session {
     }
 
     /// Queues an answer.
-    pub(super) fn send(&mut self, line: &str) {
+    pub fn send(&mut self, line: &str) {
         self.compact();
         self.output.extend_from_slice(line.as_bytes());
     }
 
     /// Begins to take events; of those before, `lost` up to number `lost_seq` are not kept any more.
-    pub(super) fn subscribe(&mut self, filter: Vec<String>, lost: u64, lost_seq: u64) {
+    pub fn subscribe(&mut self, filter: Vec<String>, lost: u64, lost_seq: u64) {
         self.subscription = Some(Subscription { filter, queue: VecDeque::new(), lost, lost_seq });
     }
 
     /// Queues an event if it was subscribed to; the oldest waiting one makes room. Returns whether it was.
-    pub(super) fn offer(&mut self, entry: &Arc<Entry>) -> bool {
+    pub fn offer(&mut self, entry: &Arc<Entry>) -> bool {
         let Some(subscription) = &mut self.subscription else { return false };
         let wanted = subscription.filter.is_empty()
             || subscription.filter.iter().any(|prefix| entry.name.starts_with(prefix.as_str()));
@@ -187,7 +171,7 @@ impl Session {
     }
 
     /// Writes as much as the client takes. Errors end the connection.
-    pub(super) fn flush(&mut self, unix_ms: u64) -> io::Result<()> {
+    pub fn flush(&mut self, unix_ms: u64) -> io::Result<()> {
         loop {
             if self.written == self.output.len() {
                 self.output.clear();
@@ -236,16 +220,16 @@ fn is_retry(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
     use vssd_protocol::control::MAX_LINE;
 
-    use super::super::events::EventLog;
     use super::*;
+    use crate::events::{About, EventLog};
 
     fn pair() -> (Session, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        (Session::new(ours, Door::Control, Actor { uid: 0, pid: 1 }), theirs)
+        (Session::new(ours, Door::Control, Peer { uid: 0, pid: 1 }), theirs)
     }
 
     fn feed(session: &mut Session, peer: &mut UnixStream, bytes: &[u8]) {
@@ -305,7 +289,7 @@ mod tests {
         for _ in 0..MAX_EVENTS + 5 {
             for name in ["shrink.done", "grow.done"] {
                 let told = log.newest();
-                log.push(0, name, None, None, json!(null));
+                log.push(0, name, About::NOTHING, json!(null));
                 log.after(told).for_each(|entry| assert_eq!(session.offer(entry), name == "shrink.done"));
             }
         }

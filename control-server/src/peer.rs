@@ -17,6 +17,7 @@ pub struct Peer {
 }
 
 /// Asks the kernel.
+#[allow(unsafe_code)]
 pub fn peer_of(stream: &UnixStream) -> io::Result<Peer> {
     let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     let mut len = libc::socklen_t::try_from(size_of::<libc::ucred>()).unwrap_or(0);
