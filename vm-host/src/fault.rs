@@ -1,46 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! Why something an operator asked for failed: a stable code, a message, what to do next.
+//! Why something an operator asked for failed, in the words of the control channel.
 
+pub use control_server::Fault;
 use vssd_protocol::control::ErrorCode;
 
 use crate::definition::DefinitionError;
 use crate::nvram;
 use crate::record::RecordError;
 use crate::vmm::VmmError;
-
-/// The error of one call.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-pub struct Fault {
-    pub code: ErrorCode,
-    pub message: String,
-    pub hint: Option<String>,
-}
-
-impl Fault {
-    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), hint: None }
-    }
-
-    #[must_use]
-    pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
-        self
-    }
-
-    /// The message of an error with its causes.
-    fn of(code: ErrorCode, error: &dyn std::error::Error) -> Self {
-        let mut message = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            message.push_str(": ");
-            message.push_str(&error.to_string());
-            cause = error.source();
-        }
-        Self::new(code, message)
-    }
-}
 
 impl From<VmmError> for Fault {
     fn from(error: VmmError) -> Self {
