@@ -11,12 +11,13 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 use vssd_protocol::control::ErrorCode;
 
 use crate::config::Config;
@@ -61,6 +62,8 @@ pub struct Host {
     budget: Budget,
     /// One VM is admitted at a time: two that fit alone may not fit together.
     admission: Mutex<()>,
+    /// Counts saves of all VMs.
+    round: AtomicU64,
 }
 
 impl Host {
@@ -93,24 +96,31 @@ impl Host {
             }
         }
         let lanes = thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let budget = Budget {
-            window_us: config.power.shortest_window_ms().saturating_mul(1000),
-            reaction_us: REACTION_US,
-            reserve_us: config.power.reserve_ms.saturating_mul(1000),
-            lanes,
-            assumed: ASSUMED,
-        };
-        Ok(Self { shared, media, vms: RwLock::new(vms), unreadable, budget, admission: Mutex::new(()) })
+        let budget = config.power.budget(REACTION_US, lanes, ASSUMED);
+        Ok(Self {
+            shared,
+            media,
+            vms: RwLock::new(vms),
+            unreadable,
+            budget,
+            admission: Mutex::new(()),
+            round: AtomicU64::new(0),
+        })
     }
 
     /// Adopts what runs, resumes what was saved and is wanted, starts what is to start with the daemon.
     pub fn recover(&self) -> Outcome {
         let begun = Instant::now();
-        let outcome = self.for_all(Order::Recover, |_| true);
+        let mut outcome = self.for_all(Order::Recover, |_| true);
         for vm in self.vms() {
-            let status = vm.status();
-            if status.state == VmState::Stopped && status.wanted == Wanted::Running {
-                info!(vm = status.name, "is to run");
+            if vm.status().state == VmState::Stopped && vm.definition().autostart {
+                match self.start(&vm.status().name) {
+                    Ok(_) => outcome.ok += 1,
+                    Err(fault) => {
+                        error!(vm = vm.status().name, code = fault.code.as_str(), %fault, "cannot start with the daemon");
+                        outcome.failed += 1;
+                    }
+                }
             }
         }
         Outcome { took: begun.elapsed(), ..outcome }
@@ -190,18 +200,36 @@ impl Host {
     }
 
     /// Saves every persistent guest that runs, the most important first, as many at a time as there are processors.
+    ///
+    /// One that is saved is asked, too: it may be about to be resumed, and each VM does what it is told in order.
     pub fn save_all(&self) -> Outcome {
-        let runs = |status: &Status| {
-            status.nvram.is_some() && matches!(status.state, VmState::Running | VmState::Paused)
+        self.round.fetch_add(1, Ordering::SeqCst);
+        let may_run = |status: &Status| {
+            status.nvram.is_some()
+                && matches!(status.state, VmState::Running | VmState::Paused | VmState::Saved)
         };
-        self.for_all(Order::Hold, runs)
+        self.for_all(Order::Hold, may_run)
     }
 
-    /// Continues every guest that is wanted to run and was saved.
+    /// Continues every guest that is wanted to run and was saved, until a save of all overtakes it.
     pub fn resume_all(&self) -> Outcome {
+        let round = self.round.load(Ordering::SeqCst);
         self.for_all(Order::Resume, |status| {
-            status.state == VmState::Saved && status.wanted == Wanted::Running
+            status.state == VmState::Saved
+                && status.wanted == Wanted::Running
+                && self.round.load(Ordering::SeqCst) == round
         })
+    }
+
+    /// Makes what guests have written so far durable, so that little is left to do when they are saved.
+    pub fn flush_all(&self) {
+        for nvram in self.shared.media.values() {
+            for region in nvram.list() {
+                if let Err(error) = nvram.flush(region.id) {
+                    warn!(medium = nvram.name(), %error, "cannot flush ahead of a save");
+                }
+            }
+        }
     }
 
     fn for_all(&self, order: Order, wanted: impl Fn(&Status) -> bool) -> Outcome {
@@ -222,8 +250,11 @@ impl Host {
         let mut under_way = 0;
         loop {
             while under_way < self.budget.lanes
-                && let Some((vm, _)) = waiting.next()
+                && let Some((vm, status)) = waiting.next()
             {
+                if !wanted(status) {
+                    continue;
+                }
                 vm.send_order(order, sender.clone());
                 under_way += 1;
             }

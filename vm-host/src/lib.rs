@@ -19,6 +19,7 @@
 pub mod config;
 pub mod definition;
 pub mod fault;
+pub mod guard;
 pub mod host;
 pub mod lint;
 pub mod nvram;
