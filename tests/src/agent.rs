@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
+use std::process;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -173,7 +174,9 @@ impl Agent {
     pub fn new(port: UnixStream) -> Result<Self> {
         // A guest that hangs stops reading; then a write must fail, not hang with it.
         port.set_write_timeout(Some(WRITE))?;
-        let shared = Arc::new(Shared::default());
+        // What a job of an earlier connection to the same guest still says must not be taken for the word of one of ours.
+        let state = State { next_job: process::id().wrapping_shl(10), ..State::default() };
+        let shared = Arc::new(Shared { state: Mutex::new(state), ..Shared::default() });
         let stream = port.try_clone().context("share the agent's port")?;
         let mut frames = FrameReader::new(Port { stream, shared: Arc::clone(&shared) });
         let theirs = Arc::clone(&shared);
@@ -220,6 +223,16 @@ impl Agent {
         frame.write_to(&mut *port).context("send to the guest agent")
     }
 
+    /// Waits until the guest answers, whether this connection has seen it boot or an earlier one has.
+    pub fn wait_answer(&self, limit: Duration) -> Result<()> {
+        // The guest may boot only now; then the job is lost to its greeting, which says as much as an answer.
+        let answer = self.spawn("true")?.wait(limit);
+        match answer {
+            Err(error) if self.boots() == 0 || self.closed() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Starts a command; its standard input stays open until [`Job::close_stdin`].
     pub fn spawn(&self, command: &str) -> Result<Job> {
         let id = {
@@ -227,8 +240,8 @@ impl Agent {
             if state.closed {
                 bail!("cannot run `{command}`: the guest is gone");
             }
-            state.next_job += 1;
             let id = state.next_job;
+            state.next_job = id.wrapping_add(1);
             state.jobs.insert(id, Slot::default());
             id
         };

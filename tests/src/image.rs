@@ -16,20 +16,14 @@ use sha2::{Digest, Sha256};
 use crate::apt::{self, PrivateApt};
 use crate::cpio::Archive;
 use crate::kernel::{Kernel, walk};
+use crate::qemu::QemuBinary;
 use crate::{hex, paths, process};
 
+/// Modules that the first process loads, with all that they need.
+const INIT_MODULES: &[&str] = &["virtio_pci", "virtio_console", "virtio_blk"];
+
 /// Modules that are there when wanted, with all that they need. A name the kernel has built in is skipped.
-const MODULES: &[&str] = &[
-    "virtio_pci",
-    "virtio_console",
-    "virtio_blk",
-    "ext4",
-    "xfs",
-    "loop",
-    "crc32c_generic",
-    "crc32c_intel",
-    "crc32_pclmul",
-];
+const MODULES: &[&str] = &["ext4", "xfs", "loop", "crc32c_generic", "crc32c_intel", "crc32_pclmul"];
 
 /// Programs of the host that go into every guest, before busybox's in the path.
 const TOOLS: &[&str] = &[
@@ -61,6 +55,9 @@ const ETC: &[(&str, &str)] = &[
 /// A word of the kernel's command line: systemd is the first process.
 pub const SYSTEMD: &str = "vssd.systemd";
 
+/// Where Debian's libraries are.
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+
 /// How many images stay in the cache.
 const KEEP: usize = 12;
 
@@ -74,7 +71,16 @@ pub struct ImageBuilder {
     kernel_modules: Vec<String>,
     modules: Vec<PathBuf>,
     files: Vec<(String, PathBuf)>,
-    programs: Vec<(String, PathBuf)>,
+    programs: Vec<Program>,
+}
+
+/// A program with the libraries that the dynamic linker would give it.
+#[derive(Debug, Clone)]
+struct Program {
+    guest: String,
+    host: PathBuf,
+    /// Searched before the system's.
+    libraries: Option<PathBuf>,
 }
 
 /// A kernel and an initramfs, ready to boot.
@@ -112,11 +118,19 @@ impl ImageBuilder {
         Self {
             kernel: kernel.clone(),
             tools: TOOLS.iter().map(|&name| name.to_owned()).collect(),
-            kernel_modules: MODULES.iter().map(|&name| name.to_owned()).collect(),
+            kernel_modules: INIT_MODULES.iter().chain(MODULES).map(|&name| name.to_owned()).collect(),
             modules: Vec::new(),
             files: Vec::new(),
             programs: Vec::new(),
         }
+    }
+
+    /// Little more than busybox and the virtio drivers: for a guest that is emulated twice.
+    pub fn small(kernel: &Kernel) -> Self {
+        let mut builder = Self::new(kernel);
+        builder.tools = vec!["modprobe".to_owned()];
+        builder.kernel_modules = INIT_MODULES.iter().map(|&name| name.to_owned()).collect();
+        builder
     }
 
     /// Adds a program of the host, with its libraries. (`fio` is not among the usual ones: Debian's is linked with
@@ -148,6 +162,32 @@ impl ImageBuilder {
         self
     }
 
+    /// Adds a program of this workspace, with its libraries.
+    pub fn artifact(mut self, package: &str, bin: &str) -> Result<Self> {
+        self.programs.push(Program::new(format!("tools/{bin}"), paths::artifact(package, bin)?));
+        Ok(self)
+    }
+
+    /// Adds a QEMU, with what it reads from its data folders for a machine without a display and a network card.
+    pub fn qemu(mut self, qemu: &QemuBinary) -> Result<Self> {
+        for name in ["bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin"] {
+            self = self.file(&format!("/usr/share/qemu/{name}"), &qemu.data_file(name)?);
+        }
+        self.programs.push(Program {
+            guest: "usr/bin/qemu-system-x86_64".to_owned(),
+            host: qemu.program().to_path_buf(),
+            libraries: qemu.libraries().map(Path::to_path_buf),
+        });
+        Ok(self)
+    }
+
+    /// Adds the two files of another image: `/guests/<name>/kernel` and `/guests/<name>/initramfs`.
+    #[must_use]
+    pub fn guest(self, name: &str, image: &GuestImage) -> Self {
+        self.file(&format!("/guests/{name}/kernel"), &image.kernel.image())
+            .file(&format!("/guests/{name}/initramfs"), &image.initramfs)
+    }
+
     /// Adds our driver, built from `guest-driver/`, and its bind helper.
     pub fn driver(mut self) -> Result<Self> {
         let source = paths::repo_root().join("guest-driver");
@@ -161,10 +201,11 @@ impl ImageBuilder {
     pub fn systemd(mut self) -> Result<Self> {
         const DIR: &str = "/lib/systemd";
         for program in ["systemd", "systemd-journald", "systemd-shutdown"] {
-            self.programs.push((format!("usr/lib/systemd/{program}"), Path::new(DIR).join(program)));
+            let guest = format!("usr/lib/systemd/{program}");
+            self.programs.push(Program::new(guest, Path::new(DIR).join(program)));
         }
         for tool in ["systemctl", "journalctl"] {
-            self.programs.push((format!("tools/{tool}"), paths::tool(tool)?));
+            self.programs.push(Program::new(format!("tools/{tool}"), paths::tool(tool)?));
         }
         for entry in fs::read_dir(Path::new(DIR).join("system")).context("list the units of systemd")? {
             let path = entry?.path();
@@ -206,9 +247,9 @@ impl ImageBuilder {
         let mut inputs = Inputs { kernel_modules: self.kernel_modules.clone(), ..Inputs::default() };
         inputs.files.insert("usr/bin/busybox".into(), busybox);
         let agent = paths::artifact("vssd-tests", "guest_agent")?;
-        inputs.program("usr/bin/guest_agent", &agent)?;
+        inputs.program(&Program::new("usr/bin/guest_agent".to_owned(), agent))?;
         for name in &self.tools {
-            inputs.program(&format!("tools/{name}"), &paths::tool(name)?)?;
+            inputs.program(&Program::new(format!("tools/{name}"), paths::tool(name)?))?;
         }
         let mke2fs = PathBuf::from("/etc/mke2fs.conf");
         if mke2fs.exists() {
@@ -217,8 +258,8 @@ impl ImageBuilder {
         for (guest, host) in &self.files {
             inputs.files.insert(guest.clone(), host.clone());
         }
-        for (guest, host) in &self.programs {
-            inputs.program(guest, host)?;
+        for program in &self.programs {
+            inputs.program(program)?;
         }
         for dir in &self.modules {
             for path in walk(dir)? {
@@ -232,6 +273,12 @@ impl ImageBuilder {
     }
 }
 
+impl Program {
+    fn new(guest: String, host: PathBuf) -> Self {
+        Self { guest, host, libraries: None }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Inputs {
     kernel_modules: Vec<String>,
@@ -240,11 +287,15 @@ struct Inputs {
 }
 
 impl Inputs {
-    /// A program and the libraries that the dynamic linker would give it.
-    fn program(&mut self, guest: &str, host: &Path) -> Result<()> {
-        self.files.insert(guest.to_owned(), host.to_path_buf());
+    fn program(&mut self, program: &Program) -> Result<()> {
+        let Program { guest, host, libraries } = program;
+        self.files.insert(guest.clone(), host.clone());
+        let mut ldd = Command::new("ldd");
+        if let Some(libraries) = libraries {
+            ldd.env("LD_LIBRARY_PATH", libraries);
+        }
         // ldd fails for what is not a dynamic executable; a script needs no libraries either.
-        let Ok(said) = process::run(Command::new("ldd").env("LC_ALL", "C").arg(host)) else {
+        let Ok(said) = process::run(ldd.env("LC_ALL", "C").arg(host)) else {
             return Ok(());
         };
         for line in said.lines() {
@@ -257,7 +308,11 @@ impl Inputs {
                 bail!("{} lacks a library: {}", host.display(), line.trim());
             }
             if path.starts_with('/') {
-                self.files.insert(merged_usr(path), PathBuf::from(path));
+                let host = PathBuf::from(path);
+                let own = libraries.as_ref().and_then(|dir| host.strip_prefix(dir).ok());
+                let guest =
+                    own.map_or_else(|| merged_usr(path), |name| format!("{LIBRARIES}/{}", name.display()));
+                self.files.insert(guest, host);
             }
         }
         Ok(())
@@ -294,7 +349,7 @@ impl Inputs {
             archive.file(path, text.as_bytes().to_vec(), 0o644);
         }
         for (guest, host) in &self.files {
-            let bytes = fs::read(host).with_context(|| format!("read {}", host.display()))?;
+            let bytes = contents(host).with_context(|| format!("read {}", host.display()))?;
             let mode = fs::metadata(host)?.mode() & 0o777;
             archive.file(guest, bytes, mode);
         }
@@ -381,6 +436,18 @@ fn module_name(path: &str) -> String {
 fn merged_usr(path: &str) -> String {
     let path = path.trim_start_matches('/');
     if path.starts_with("usr/") { path.to_owned() } else { format!("usr/{path}") }
+}
+
+/// A file as it goes into an image. Programs of this workspace leave their debugging information behind: it is most of
+/// them, and a guest would have to unpack it at each boot.
+fn contents(host: &Path) -> Result<Vec<u8>> {
+    if !host.starts_with(paths::profile_dir()?) {
+        return Ok(fs::read(host)?);
+    }
+    let stripped = tempfile::NamedTempFile::new()?;
+    let mut strip = Command::new(paths::tool("strip")?);
+    process::run(strip.arg("--strip-debug").arg("-o").arg(stripped.path()).arg(host))?;
+    Ok(fs::read(stripped.path())?)
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {

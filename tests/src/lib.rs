@@ -45,6 +45,7 @@ pub mod cpio;
 pub mod ctl;
 pub mod demo;
 pub mod draw;
+pub mod emulated_host;
 pub mod guest;
 pub mod image;
 pub mod kernel;

@@ -33,8 +33,11 @@ const KVM_BOOT: Duration = Duration::from_secs(8);
 
 /// Few boot messages, no work for hardware that is not there, and patience: a busy host starves emulated processors,
 /// which is no lockup of the guest. A task that hangs is reported before a command's usual limit.
-const CMDLINE: &str = "console=ttyS0 loglevel=5 panic=0 mitigations=off no_timer_check random.trust_cpu=on \
+pub(crate) const CMDLINE: &str = "console=ttyS0 loglevel=5 panic=0 mitigations=off no_timer_check random.trust_cpu=on \
     rcupdate.rcu_cpu_stall_timeout=60 watchdog_thresh=60 sysctl.kernel.hung_task_timeout_secs=60";
+
+/// Where a machine's NV-RAM may begin: it is mapped in pieces of this size.
+const ALIGNMENT_MIB: u32 = 1024;
 
 /// How many guests' consoles stay in the cache.
 const CONSOLES: usize = 50;
@@ -116,6 +119,26 @@ impl QemuBinary {
         command
     }
 
+    /// The executable.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Its own libraries, unless it uses the system's.
+    pub(crate) fn libraries(&self) -> Option<&Path> {
+        self.libraries.as_deref()
+    }
+
+    /// A file of its data folders.
+    pub(crate) fn data_file(&self, name: &str) -> Result<PathBuf> {
+        let system = ["/usr/share/qemu", "/usr/share/seabios"].map(PathBuf::from);
+        let dirs = if self.data.is_empty() { &system[..] } else { &self.data };
+        dirs.iter()
+            .map(|dir| dir.join(name))
+            .find(|path| path.exists())
+            .with_context(|| format!("{} comes without {name}", self.program.display()))
+    }
+
     /// Major and minor version.
     pub fn version(&self) -> (u32, u32) {
         self.version
@@ -166,14 +189,23 @@ impl VhostUserDisk {
     }
 }
 
+/// An NVDIMM of a machine.
+#[derive(Debug, Clone)]
+struct Nvdimm {
+    file: PathBuf,
+    mib: u32,
+}
+
 /// What a machine is made of.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     binary: QemuBinary,
     image: GuestImage,
     accel: Option<Accel>,
+    cpu: Option<String>,
     memory_mib: u32,
     vcpus: u16,
+    nvdimm: Option<Nvdimm>,
     disks: Vec<VhostUserDisk>,
     args: Vec<String>,
     cmdline: String,
@@ -187,8 +219,10 @@ impl Qemu {
             binary,
             image: image.clone(),
             accel: None,
+            cpu: None,
             memory_mib: 512,
             vcpus: 2,
+            nvdimm: None,
             disks: Vec::new(),
             args: Vec::new(),
             cmdline: String::new(),
@@ -203,6 +237,13 @@ impl Qemu {
         self
     }
 
+    /// Fixes the model of the processors, with its features: `EPYC,+svm`.
+    #[must_use]
+    pub fn cpu(mut self, model: &str) -> Self {
+        self.cpu = Some(model.to_owned());
+        self
+    }
+
     /// Guest memory.
     #[must_use]
     pub fn memory_mib(mut self, mib: u32) -> Self {
@@ -214,6 +255,14 @@ impl Qemu {
     #[must_use]
     pub fn vcpus(mut self, vcpus: u16) -> Self {
         self.vcpus = vcpus;
+        self
+    }
+
+    /// Adds NV-RAM whose contents are `file`'s, all of it. What the guest has stored there outlives the machine however it
+    /// ends, flushed or not: its caches count as persistent (eADR).
+    #[must_use]
+    pub fn nvdimm(mut self, file: &Path, mib: u32) -> Self {
+        self.nvdimm = Some(Nvdimm { file: file.to_path_buf(), mib });
         self
     }
 
@@ -250,12 +299,29 @@ impl Qemu {
     fn machine(&self, accel: Accel) -> Command {
         let mut qemu = self.binary.command();
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none"]);
-        qemu.args(["-machine", "q35,memory-backend=mem", "-accel", accel.name()]);
+        let mut board = "q35,memory-backend=mem".to_owned();
+        let mut memory = format!("{}M", self.memory_mib);
+        if let Some(Nvdimm { file, mib }) = &self.nvdimm {
+            board.push_str(",nvdimm=on,nvdimm-persistence=cpu");
+            memory.push_str(&format!(",slots=1,maxmem={}M", self.memory_mib + mib + ALIGNMENT_MIB));
+            let file = file.display();
+            qemu.args([
+                "-object",
+                &format!("memory-backend-file,id=nvram,share=on,size={mib}M,mem-path={file}"),
+            ]);
+            qemu.args(["-device", "nvdimm,id=nvdimm0,memdev=nvram"]);
+        }
+        qemu.args(["-machine", &board, "-accel", accel.name()]);
         // QEMU 7.2 emulates cmpxchg16b wrongly now and then: it leaves an address in the flags, and the kernel (Linux
         // 6.12's allocator) double-faults at the next instruction. Without it the kernel takes another way.
-        qemu.args(["-cpu", if accel == Accel::Kvm { "host" } else { "max,cx16=off" }]);
+        let cpu = match (&self.cpu, accel) {
+            (Some(model), Accel::Kvm) => model.clone(),
+            (None, Accel::Kvm) => "host".to_owned(),
+            (model, Accel::Tcg) => format!("{},cx16=off", model.as_deref().unwrap_or("max")),
+        };
+        qemu.args(["-cpu", &cpu]);
         qemu.args(["-smp", &self.vcpus.to_string()]);
-        qemu.args(["-m", &format!("{}M", self.memory_mib)]);
+        qemu.args(["-m", &memory]);
         qemu.args(["-object", &format!("memory-backend-memfd,id=mem,size={}M,share=on", self.memory_mib)]);
         qemu.arg("-kernel").arg(self.image.kernel().image());
         qemu.arg("-initrd").arg(self.image.initramfs());
