@@ -33,7 +33,7 @@ const KVM_BOOT: Duration = Duration::from_secs(8);
 
 /// Few boot messages, no work for hardware that is not there, and patience: a busy host starves emulated processors,
 /// which is no lockup of the guest. A task that hangs is reported before a command's usual limit.
-pub(crate) const CMDLINE: &str = "console=ttyS0 loglevel=5 panic=0 mitigations=off no_timer_check random.trust_cpu=on \
+pub const CMDLINE: &str = "console=ttyS0 loglevel=5 panic=0 mitigations=off no_timer_check random.trust_cpu=on \
     rcupdate.rcu_cpu_stall_timeout=60 watchdog_thresh=60 sysctl.kernel.hung_task_timeout_secs=60";
 
 /// Where a machine's NV-RAM may begin: it is mapped in pieces of this size.

@@ -129,16 +129,11 @@ impl Keeper {
     fn start(&mut self) -> Done {
         self.require("start", &[VmState::Stopped])?;
         let definition = self.record.definition.clone();
-        let memory = match self.medium(&definition)? {
-            None => Memory::Ordinary { bytes: definition.memory.0 },
-            Some(nvram) => {
-                let kept = Kept::make(&nvram, &definition, self.progress("making the memory"))?;
-                let memory = kept.memory();
-                self.kept = Some(kept);
-                memory
-            }
+        self.kept = match self.medium(&definition)? {
+            None => None,
+            Some(nvram) => Some(Kept::make(&nvram, &definition, self.progress("making the memory"))?),
         };
-        let launch = self.shared.vmm.plan(&definition, &memory, &self.places)?;
+        let launch = self.shared.vmm.plan(&definition, &self.places)?;
         self.launch(&launch, Begin::Boot)?;
         self.go(launch, "started").inspect_err(|_| self.end_machine())
     }
@@ -414,7 +409,8 @@ impl Keeper {
         // What an interrupted swap-in left.
         Kept::free(&nvram, &name)?;
         let kept = Kept::make(&nvram, &definition, self.progress("making the memory"))?;
-        let read = swap::read(&image, incarnation, &kept, self.progress("swapping in"));
+        let read = swap::read(&image, incarnation, kept.memory_region(), self.progress("swapping in"))
+            .and_then(|saved| kept.install(saved, &launch, &name));
         if let Err(fault) = read {
             drop(kept);
             Kept::free(&nvram, &name)?;
@@ -484,7 +480,11 @@ impl Keeper {
             Fault::new(ErrorCode::Media, format!("cannot make {}: {error}", dir.display()))
         })?;
         self.shared.vmm.end_orphan(&self.places)?;
-        self.machine = Some(self.shared.vmm.launch(launch, begin, &self.places)?);
+        let memory = match &self.kept {
+            Some(kept) => kept.memory(),
+            None => Memory::Ordinary { bytes: self.record.definition.memory.0 },
+        };
+        self.machine = Some(self.shared.vmm.launch(launch, &memory, begin, &self.places)?);
         Ok(())
     }
 

@@ -106,10 +106,6 @@ impl Kept {
         &self.nvram
     }
 
-    pub(super) fn slot(&self) -> &Slot {
-        &self.slot
-    }
-
     /// For the hypervisor.
     pub(super) fn memory(&self) -> Memory {
         let Backing { mem_path, offset_bytes, size_bytes, align_bytes, pmem, .. } = self.memory.backing();
@@ -143,8 +139,7 @@ impl Kept {
         sync()?;
         let flush_us = lap.us();
         let unix_ms = unix_ms();
-        let metadata = serde_json::to_vec(&self.origin(launch, owner))
-            .map_err(|error| Fault::new(ErrorCode::Internal, error.to_string()))?;
+        let metadata = encode(&self.origin(launch, owner))?;
         let generation = u64::try_from(unix_ms).unwrap_or(0);
         let header =
             SavedHeader { incarnation: incarnation.0, generation, saved_at_unix_ms: unix_ms, metadata };
@@ -153,6 +148,19 @@ impl Kept {
         let state_bytes = u64::try_from(state.len()).unwrap_or(u64::MAX);
         let steps = Steps { stop_us, save_us, commit_us, flush_us };
         Ok((LastSave { unix_ms, state_bytes, stop_us, save_us, commit_us, flush_us }, steps))
+    }
+
+    /// Takes a state that comes from elsewhere, with the memory that has been put into the region, durably.
+    pub(super) fn install(&self, mut saved: SavedState, launch: &Launch, owner: &str) -> Result<(), Fault> {
+        let here = self.origin(launch, owner);
+        let from: Option<Origin> = serde_json::from_slice(&saved.header.metadata).ok();
+        let moved = from.map(|from| Origin { memory_region: here.memory_region, ..from });
+        if moved.as_ref() != Some(&here) {
+            return Err(misfit(moved.as_ref(), &here));
+        }
+        saved.header.metadata = encode(&here)?;
+        self.nvram.flush(self.memory.id)?;
+        Ok(self.slot.commit(&saved.header, &saved.payload)?)
     }
 
     /// Whether there is a state that the guest `incarnation` can go on from.
@@ -183,23 +191,7 @@ impl Kept {
         if found.as_ref() == Some(&expected) {
             return Ok(Found::State(Box::new(saved)));
         }
-        let said = |origin: &Origin| {
-            format!(
-                "{} on {} {}, {}",
-                origin.name,
-                origin.machine,
-                origin.version,
-                ByteCount(origin.memory_bytes)
-            )
-        };
-        let message = format!(
-            "the state was saved from {}, and this is {}",
-            found.as_ref().map_or_else(|| "something unknown".to_owned(), said),
-            said(&expected)
-        );
-        Ok(Found::Unusable(
-            Fault::new(ErrorCode::State, message).hint("nothing was changed; `vm-host discard` gives it up"),
-        ))
+        Ok(Found::Unusable(misfit(found.as_ref(), &expected)))
     }
 
     fn origin(&self, launch: &Launch, owner: &str) -> Origin {
@@ -211,6 +203,20 @@ impl Kept {
             memory_region: self.memory.id,
         }
     }
+}
+
+fn encode(origin: &Origin) -> Result<Vec<u8>, Fault> {
+    serde_json::to_vec(origin).map_err(|error| Fault::new(ErrorCode::Internal, error.to_string()))
+}
+
+fn misfit(found: Option<&Origin>, expected: &Origin) -> Fault {
+    let said = |origin: &Origin| {
+        let Origin { name, machine, version, memory_bytes, memory_region } = origin;
+        format!("{name} on {machine} {version}, {} of memory in {memory_region}", ByteCount(*memory_bytes))
+    };
+    let found = found.map_or_else(|| "something unknown".to_owned(), said);
+    Fault::new(ErrorCode::State, format!("the state was saved from {found}, and this is {}", said(expected)))
+        .hint("nothing was changed; `vm-host discard` gives it up")
 }
 
 /// Times steps.

@@ -33,7 +33,6 @@ use crc_fast::{CrcAlgorithm, Digest, checksum};
 use memmap2::{Mmap, MmapMut, MmapOptions};
 use vssd_protocol::control::ErrorCode;
 
-use super::save::Kept;
 use crate::fault::Fault;
 use crate::nvram::{MAX_METADATA, Region, SavedHeader, SavedState};
 use crate::record::Incarnation;
@@ -96,24 +95,23 @@ fn write_file(
     file.sync_all()
 }
 
-/// Reads an image into the regions of a VM, durably.
+/// Reads an image into a VM's memory, and gives the state that was saved with it.
 pub(super) fn read(
     path: &Path,
     incarnation: Incarnation,
-    kept: &Kept,
+    memory: &Region,
     progress: impl FnMut(u64, u64),
-) -> Result<(), Fault> {
+) -> Result<SavedState, Fault> {
     let damaged = |what: String| {
         Fault::new(ErrorCode::State, format!("{} cannot be used: {what}", path.display()))
             .hint("the file is kept as it is; a copy of it, if there is one, can take its place")
     };
-    let saved =
-        read_file(path, kept.memory_region(), progress).map_err(|error| damaged(error.to_string()))?;
-    if saved.header.incarnation != incarnation.0 {
-        return Err(damaged("it is of another run of the guest".to_owned()));
+    let saved = read_file(path, memory, progress).map_err(|error| damaged(error.to_string()))?;
+    if saved.header.incarnation == incarnation.0 {
+        Ok(saved)
+    } else {
+        Err(damaged("it is of another run of the guest".to_owned()))
     }
-    kept.nvram().flush(kept.memory_region().id)?;
-    Ok(kept.slot().commit(&saved.header, &saved.payload)?)
 }
 
 fn read_file(path: &Path, memory: &Region, mut progress: impl FnMut(u64, u64)) -> io::Result<SavedState> {

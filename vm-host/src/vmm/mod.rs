@@ -31,7 +31,7 @@ use process::{Process, ProcessId};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Launch {
     pub program: PathBuf,
-    /// Without what connects it to this daemon.
+    /// Without what connects it to this daemon, and without its memory, which may lie elsewhere the next time.
     pub args: Vec<String>,
     /// What the hypervisor calls the kind of machine, with its version: `pc-q35-7.2`.
     pub machine: String,
@@ -132,10 +132,16 @@ pub enum VmmError {
 /// A kind of hypervisor.
 pub trait Vmm: Debug + Send + Sync {
     /// What a definition becomes. Nothing is started.
-    fn plan(&self, definition: &Definition, memory: &Memory, places: &Places) -> Result<Launch, VmmError>;
+    fn plan(&self, definition: &Definition, places: &Places) -> Result<Launch, VmmError>;
 
     /// Starts a machine; its processors do not run yet.
-    fn launch(&self, launch: &Launch, begin: Begin, places: &Places) -> Result<Box<dyn Machine>, VmmError>;
+    fn launch(
+        &self,
+        launch: &Launch,
+        memory: &Memory,
+        begin: Begin,
+        places: &Places,
+    ) -> Result<Box<dyn Machine>, VmmError>;
 
     /// Finds a machine that an earlier daemon started.
     fn adopt(&self, id: &ProcessId, places: &Places) -> Result<Option<Box<dyn Machine>>, VmmError>;

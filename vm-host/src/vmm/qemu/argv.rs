@@ -36,10 +36,7 @@ impl Emulator {
         let said = run(program, &["--version"])?;
         let banner = said.lines().next().unwrap_or_default();
         let version = banner.split_once("version ").and_then(|(_, rest)| rest.split_whitespace().next());
-        let number = version.and_then(|version| {
-            let mut parts = version.split('.').map(|part| part.parse().ok());
-            Some((parts.next()??, parts.next()??))
-        });
+        let number = version.and_then(number_of);
         let (Some(version), Some(number)) = (version, number) else {
             return Err(VmmError::Protocol(format!("{} is not QEMU: it says {banner:?}", program.display())));
         };
@@ -50,12 +47,7 @@ impl Emulator {
     }
 
     /// What the definition becomes.
-    pub fn plan(
-        &self,
-        definition: &Definition,
-        memory: &Memory,
-        places: &Places,
-    ) -> Result<Launch, VmmError> {
+    pub fn plan(&self, definition: &Definition, places: &Places) -> Launch {
         let machine = definition.machine.clone().unwrap_or_else(|| self.q35.clone());
         let mut args = Args::default();
         args.pair("-name", format!("guest={0},process=vm-{0}", definition.name));
@@ -67,7 +59,6 @@ impl Emulator {
         args.pair("-cpu", cpu);
         args.pair("-smp", definition.cpus.to_string());
         args.pair("-m", format!("{}M", definition.memory.0 >> 20));
-        args.pair("-object", self.memory(memory)?);
         self.boot(definition, &mut args);
         for (at, disk) in definition.disk.iter().enumerate() {
             add_disk(&mut args, at, disk);
@@ -87,39 +78,7 @@ impl Emulator {
             args.pair("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0");
         }
         args.many(&definition.extra);
-        Ok(Launch { program: self.program.clone(), args: args.0, machine, version: self.version.clone() })
-    }
-
-    fn memory(&self, memory: &Memory) -> Result<String, VmmError> {
-        match memory {
-            Memory::Ordinary { bytes } => Ok(format!("memory-backend-memfd,id=ram,size={bytes},share=on")),
-            Memory::Named { path, offset, bytes, align, pmem } => {
-                let path = quoted(path);
-                let mut text = format!("memory-backend-file,id=ram,size={bytes},share=on,mem-path={path}");
-                if *offset > 0 {
-                    if self.number < HAS_OFFSET {
-                        return Err(VmmError::Start {
-                            program: self.program.clone(),
-                            source: std::io::Error::other(format!(
-                                "QEMU {} cannot use memory at an offset of {} in {path}; from {}.{} on it can, or use a directory for NV-RAM",
-                                self.version,
-                                ByteCount(*offset),
-                                HAS_OFFSET.0,
-                                HAS_OFFSET.1
-                            )),
-                        });
-                    }
-                    text.push_str(&format!(",offset={offset}"));
-                }
-                if let Some(align) = align {
-                    text.push_str(&format!(",align={align}"));
-                }
-                if *pmem {
-                    text.push_str(",pmem=on");
-                }
-                Ok(text)
-            }
-        }
+        Launch { program: self.program.clone(), args: args.0, machine, version: self.version.clone() }
     }
 
     fn boot(&self, definition: &Definition, args: &mut Args) {
@@ -146,6 +105,42 @@ impl Emulator {
         let queues = vssd.queues.map(|queues| format!(",num-queues={queues}")).unwrap_or_default();
         args.pair("-device", format!("vhost-user-blk-pci,id=disk-vssd{at},chardev=vssd{at}{queues}"));
     }
+}
+
+/// The object that is a machine's memory.
+pub(super) fn memory(memory: &Memory, version: &str) -> Result<String, String> {
+    let (path, offset, bytes, align, pmem) = match memory {
+        Memory::Ordinary { bytes } => {
+            return Ok(format!("memory-backend-memfd,id=ram,size={bytes},share=on"));
+        }
+        Memory::Named { path, offset, bytes, align, pmem } => (path, *offset, bytes, align, *pmem),
+    };
+    let path = quoted(path);
+    let mut text = format!("memory-backend-file,id=ram,size={bytes},share=on,mem-path={path}");
+    if offset > 0 {
+        if number_of(version).is_none_or(|number| number < HAS_OFFSET) {
+            let (major, minor) = HAS_OFFSET;
+            return Err(format!(
+                "QEMU {version} cannot use memory at an offset of {} in {path}; from {major}.{minor} on it can, and any can use a \
+                 directory for NV-RAM",
+                ByteCount(offset)
+            ));
+        }
+        text.push_str(&format!(",offset={offset}"));
+    }
+    if let Some(align) = align {
+        text.push_str(&format!(",align={align}"));
+    }
+    if pmem {
+        text.push_str(",pmem=on");
+    }
+    Ok(text)
+}
+
+/// Major and minor number of `7.2.22`.
+fn number_of(version: &str) -> Option<(u32, u32)> {
+    let mut parts = version.split('.').map(|part| part.parse().ok());
+    Some((parts.next()??, parts.next()??))
 }
 
 #[derive(Debug, Default)]

@@ -45,12 +45,18 @@ const LAST_WORDS: usize = 400;
 pub struct Qemu;
 
 impl Vmm for Qemu {
-    fn plan(&self, definition: &Definition, memory: &Memory, places: &Places) -> Result<Launch, VmmError> {
-        Emulator::probe(&definition.emulator)?.plan(definition, memory, places)
+    fn plan(&self, definition: &Definition, places: &Places) -> Result<Launch, VmmError> {
+        Ok(Emulator::probe(&definition.emulator)?.plan(definition, places))
     }
 
-    fn launch(&self, launch: &Launch, begin: Begin, places: &Places) -> Result<Box<dyn Machine>, VmmError> {
-        Ok(Box::new(QemuMachine::launch(launch, begin, places)?))
+    fn launch(
+        &self,
+        launch: &Launch,
+        memory: &Memory,
+        begin: Begin,
+        places: &Places,
+    ) -> Result<Box<dyn Machine>, VmmError> {
+        Ok(Box::new(QemuMachine::launch(launch, memory, begin, places)?))
     }
 
     fn adopt(&self, id: &ProcessId, places: &Places) -> Result<Option<Box<dyn Machine>>, VmmError> {
@@ -82,13 +88,14 @@ struct QemuMachine {
 }
 
 impl QemuMachine {
-    fn launch(launch: &Launch, begin: Begin, places: &Places) -> Result<Self, VmmError> {
+    fn launch(launch: &Launch, memory: &Memory, begin: Begin, places: &Places) -> Result<Self, VmmError> {
         let failed = |source| VmmError::Start { program: launch.program.clone(), source };
+        let memory = argv::memory(memory, &launch.version).map_err(|why| failed(io::Error::other(why)))?;
         let listener = listen(&places.control).map_err(failed)?;
         let log = File::options().create(true).append(true).open(&places.log).map_err(failed)?;
         let mut command = Command::new(&launch.program);
         // A guest that turns itself off leaves its machine, so that its end is told from a crash.
-        command.args(&launch.args).args([
+        command.args(&launch.args).args(["-object", &memory]).args([
             "-S",
             "-no-shutdown",
             "-chardev",
