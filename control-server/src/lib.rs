@@ -10,11 +10,12 @@
 //! ```
 //!
 //! Knows no method but those that every daemon has, and not what a daemon does. Who waits, and for what, is the daemon's
-//! choice: nothing here blocks or starts a thread.
+//! choice: nothing here blocks or starts a thread but [`blocking`], for daemons that want just that.
 
 #![deny(unsafe_code)]
 
 mod bind;
+pub mod blocking;
 pub mod clock;
 pub mod events;
 mod fault;

@@ -152,6 +152,16 @@ impl Session {
         self.subscription = Some(Subscription { filter, queue: VecDeque::new(), lost, lost_seq });
     }
 
+    /// Tells a subscriber of `n` more events that it does not get, up to number `seq`.
+    pub fn lose(&mut self, n: u64, seq: u64) {
+        if n > 0
+            && let Some(subscription) = &mut self.subscription
+        {
+            subscription.lost = subscription.lost.saturating_add(n);
+            subscription.lost_seq = seq;
+        }
+    }
+
     /// Queues an event if it was subscribed to; the oldest waiting one makes room. Returns whether it was.
     pub fn offer(&mut self, entry: &Arc<Entry>) -> bool {
         let Some(subscription) = &mut self.subscription else { return false };
