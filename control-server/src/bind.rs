@@ -30,6 +30,18 @@ pub fn bind(path: &Path, mode: u32, group: Option<u32>) -> io::Result<UnixListen
     Ok(listener)
 }
 
+/// The number of a group, given as a number or by its name in `/etc/group`.
+pub fn group_id(name: &str) -> io::Result<u32> {
+    if let Ok(id) = name.parse() {
+        return Ok(id);
+    }
+    let groups = fs::read_to_string("/etc/group")?;
+    let fields = groups.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let id =
+        fields.filter(|fields| fields.first() == Some(&name)).find_map(|fields| fields.get(2)?.parse().ok());
+    id.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no group {name:?}")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

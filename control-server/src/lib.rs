@@ -23,7 +23,7 @@ mod peer;
 pub mod rpc;
 mod session;
 
-pub use bind::bind;
+pub use bind::{bind, group_id};
 pub use clock::Clock;
 pub use events::{About, Entry, EventLog};
 pub use fault::Fault;

@@ -17,13 +17,17 @@
 //! saved from.**
 
 pub mod config;
+pub mod daemon;
 pub mod definition;
 pub mod fault;
 pub mod guard;
 pub mod host;
 pub mod lint;
+pub mod news;
 pub mod nvram;
 pub mod power;
 pub mod record;
+pub mod service;
 pub mod vm;
 pub mod vmm;
+pub mod wire;

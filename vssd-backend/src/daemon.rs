@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use control_server::bind;
+use control_server::{bind, group_id};
 use rustix::event::{EventfdFlags, eventfd};
 use tracing::{info, warn};
 use vssd_pool::{
@@ -32,7 +32,8 @@ const CANNOT_CONFINE: &str = "cannot confine the daemon; --sandbox=off does with
 
 /// Serves until SIGTERM or SIGINT. A second signal ends the process at once.
 pub fn run(config: &Config) -> Result<()> {
-    let group = config.socket_group.as_deref().map(group_id).transpose()?;
+    let group =
+        config.socket_group.as_deref().map(group_id).transpose().context("cannot use the socket's group")?;
     // Threads inherit it: before the first.
     let files = files(config)?;
     let (sandbox, refusals) = if config.sandbox {
@@ -229,18 +230,6 @@ fn inherit(fd: RawFd) -> Result<OwnedFd> {
 }
 
 /// Looks a group up in the group database, or takes a number.
-fn group_id(name: &str) -> Result<u32> {
-    if let Ok(gid) = name.parse() {
-        return Ok(gid);
-    }
-    let groups = fs::read_to_string("/etc/group").context("cannot read /etc/group")?;
-    let entry =
-        groups.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|f| f.first() == Some(&name));
-    entry
-        .and_then(|fields| fields.get(2)?.parse().ok())
-        .with_context(|| format!("there is no group {name:?}"))
-}
-
 /// Turns SIGTERM and SIGINT into an event. Must run before any other thread is started: signal masks are inherited.
 fn end_on_signals(shutdown: OwnedFd, sandbox: Sandbox) -> Result<()> {
     // SAFETY: the set lives on this frame and is initialised by sigemptyset before use.
