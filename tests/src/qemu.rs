@@ -311,7 +311,11 @@ impl Qemu {
             ]);
             qemu.args(["-device", "nvdimm,id=nvdimm0,memdev=nvram"]);
         }
-        qemu.args(["-machine", &board, "-accel", accel.name()]);
+        // With a thread for each processor, QEMU 10.0.2 once aborted at a reset of the machine (`iotlb_to_section`: an access by
+        // an entry of the TLB from before). One thread for all of them cost a boot nothing that could be measured.
+        let single = accel == Accel::Tcg && self.binary.version >= (10, 0);
+        let accelerator = if single { "tcg,thread=single" } else { accel.name() };
+        qemu.args(["-machine", &board, "-accel", accelerator]);
         // QEMU 7.2 emulates cmpxchg16b wrongly now and then: it leaves an address in the flags, and the kernel (Linux
         // 6.12's allocator) double-faults at the next instruction. Without it the kernel takes another way.
         let cpu = match (&self.cpu, accel) {

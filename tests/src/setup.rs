@@ -39,6 +39,7 @@ const NEEDS: &[Need] = &[
     need("dbus-daemon", "dbus-daemon"),
     need("make", "make"),
     need("gcc-12", "gcc-12"),
+    need("binutils", "strip"),
     // The fuzz targets' engine is C++.
     need("g++", "c++"),
     need("xz-utils", "xz"),

@@ -13,7 +13,7 @@ use crate::stages::{self, Stages, cargo, show};
 use crate::{fuzz, sabotage, schedules};
 
 /// Scenarios with guests that measure no time.
-const UNHURRIED: [&str; 10] = [
+const UNHURRIED: [&str; 11] = [
     "guest_vssd",
     "guest_agent",
     "guest_agent_only",
@@ -24,6 +24,7 @@ const UNHURRIED: [&str; 10] = [
     "guest_boot",
     "demo",
     "harness",
+    "host_power",
 ];
 
 #[derive(Debug, clap::Args)]
