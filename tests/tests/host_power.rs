@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use vssd_tests::emulated_host::{EmulatedHost, InnerGuest, NVRAM};
 use vssd_tests::report::Report;
 use vssd_tests::serial::guest_slot;
@@ -96,6 +96,68 @@ fn power_cut_keeps_nvram_and_inner_kvm_works() -> Result<()> {
     host.ok(&inner.kill())?;
     host.ok(&format!("killall vssd-backend; while pidof vssd-backend > /dev/null; do sleep 0.1; done; vssd-backend pool check {NVRAM}/pool"))?;
     report.pass("the pool is sound", "");
+    host.running()?.expect_quiet_kernel()?;
+    report.finish()
+}
+
+/// A load for an inner guest that goes on over the cut: each round writes a block of its vSSD and reads it back. The rounds
+/// are counted in `/tmp/rounds`; what went wrong is in `/tmp/wrong`.
+const LOAD: &str = "(n=0; while :; do n=$((n+1)); at=$((n%64)); \
+    yes $n | dd of=/dev/vda bs=64k count=1 seek=$at iflag=fullblock oflag=direct 2>/tmp/said || cat /tmp/said >> /tmp/wrong; \
+    test \"$(dd if=/dev/vda bs=64k count=1 skip=$at iflag=direct 2>/dev/null | head -n 1)\" = $n || echo read $n >> /tmp/wrong; \
+    echo $n > /tmp/rounds.new; mv /tmp/rounds.new /tmp/rounds; done) </dev/null >/dev/null 2>&1 &";
+
+/// Guest memory stays where it is: in a file on the NV-RAM.
+const IGNORE_SHARED: &str =
+    r#"migrate-set-capabilities={"capabilities":[{"capability":"x-ignore-shared","state":true}]}"#;
+
+fn rounds(host: &mut EmulatedHost, inner: &InnerGuest) -> Result<u64> {
+    let said = host.ok(&inner.run("sleep 3; cat /tmp/rounds"))?;
+    said.parse().with_context(|| format!("not a number of rounds: {said:?}"))
+}
+
+/// QEMU's part of a persistent VM, by hand: what is in memory, what the processors do and the vSSD go on where they were.
+#[test]
+fn a_guest_with_memory_in_nvram_goes_on_after_a_power_cut() -> Result<()> {
+    let _slot = guest_slot()?;
+    let mut report = Report::new("a guest over a power cut");
+    let image = EmulatedHost::image()?
+        .artifact("vssd-backend", "vssd-backend")?
+        .artifact("balloon-ctl", "balloon-ctl")?
+        .artifact("vssd-tests", "qmp_run")?
+        .build()?;
+    let mut host = EmulatedHost::new(&image, 512)?;
+    host.boot()?;
+    host.ok(&format!("vssd-backend pool create --nvram {NVRAM}/pool:64M"))?;
+    serve(&mut host)?;
+    host.ok("balloon-ctl --socket /run/vssd/control.sock create disk --size 16M")?;
+    // Written once, its blocks need no fault and no metadata at first touch any more.
+    host.ok(&format!(
+        "dd if=/dev/zero of={NVRAM}/ram bs=2M count={} conv=fsync",
+        InnerGuest::MEMORY_MIB / 2
+    ))?;
+    let inner = InnerGuest::new("inner").disk("/run/vssd/dev/disk.sock").memory_file(&format!("{NVRAM}/ram"));
+    host.ok(&inner.start())?;
+    host.ok(&inner.run(LOAD))?;
+    let before = rounds(&mut host, &inner)?;
+    let started = Instant::now();
+    let save = format!(r#"migrate={{"uri":"exec:cat > {NVRAM}/state"}}"#);
+    host.ok(&format!("qmp_run {} stop '{IGNORE_SHARED}' '{save}' migrated", inner.qmp()))?;
+    host.ok(&format!("xfs_io -c fsync {NVRAM}/state && xfs_io -c fsync {NVRAM}/ram"))?;
+    report.pass("the guest is saved", format!("{:.1} s", started.elapsed().as_secs_f64()));
+    host.power_cut()?;
+
+    host.boot()?;
+    serve(&mut host)?;
+    let started = Instant::now();
+    host.ok(&inner.clone().args(["-incoming", "defer"]).start())?;
+    let load = format!(r#"migrate-incoming={{"uri":"exec:cat {NVRAM}/state"}}"#);
+    host.ok(&format!("qmp_run {} '{IGNORE_SHARED}' '{load}' migrated cont", inner.qmp()))?;
+    report.pass("the guest is restored", format!("{:.1} s", started.elapsed().as_secs_f64()));
+    let after = rounds(&mut host, &inner)?;
+    report.check("its load goes on where it was", after > before, format!("{before}, then {after} rounds"));
+    let wrong = host.ok(&inner.run("cat /tmp/wrong 2>/dev/null; true"))?;
+    report.check("all that it reads from its vSSD is right", wrong.is_empty(), wrong);
     host.running()?.expect_quiet_kernel()?;
     report.finish()
 }
