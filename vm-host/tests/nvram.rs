@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! NV-RAM on real media: tmpfs, whatever the temporary files lie on, a plain file with extents, and hugetlbfs where it is mounted
-//! with free pages.
+//! NV-RAM on real media: tmpfs, whatever the temporary files lie on, a plain file with extents, and hugetlbfs where
+//! it is mounted with free pages.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -274,6 +274,33 @@ fn quota_and_reserve_are_kept() {
 }
 
 #[test]
+fn regions_are_allocated_by_many_threads_at_once() {
+    for medium in [file(64 * MIB), tmpfs()] {
+        let nvram = Nvram::create(&medium.config).unwrap();
+        std::thread::scope(|scope| {
+            for owner in 0..8 {
+                let nvram = &nvram;
+                scope.spawn(move || {
+                    let owner = format!("vm{owner}");
+                    let first = nvram.allocate(&owner, Purpose::Memory, 2 * MIB, no_progress).unwrap();
+                    nvram.free(first.id).unwrap();
+                    let region = nvram.allocate(&owner, Purpose::Memory, 4 * MIB, no_progress).unwrap();
+                    nvram.stamp(region.id, 3).unwrap();
+                });
+            }
+        });
+        let before = nvram.list();
+        let mut places: Vec<_> = before.iter().map(|r| (r.path.clone(), r.offset_bytes)).collect();
+        places.sort_unstable();
+        places.dedup();
+        assert_eq!(places.len(), 8);
+        drop(nvram);
+        // Opening refuses a registry with overlaps.
+        assert_eq!(Nvram::open(&medium.config).unwrap().list(), before);
+    }
+}
+
+#[test]
 fn generations_never_decrease() {
     let medium = tmpfs();
     let nvram = Nvram::create(&medium.config).unwrap();
@@ -309,6 +336,7 @@ fn paths_that_are_no_medium_are_refused() {
     assert!(matches!(probe(&at("/nonexistent")), Err(Error::NotFound { .. })));
     assert!(matches!(probe(&at("/dev/null")), Err(Error::Medium { .. })));
     assert!(matches!(Nvram::create(&MediumConfig::new("a/b", "/dev/shm")), Err(Error::Invalid { .. })));
+    assert!(matches!(Nvram::open(&at("dev/shm")), Err(Error::Invalid { .. })));
     let small = file(3 * MIB);
     assert!(matches!(Nvram::create(&small.config), Err(Error::Medium { .. })));
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A process that allocates, stamps and frees regions is killed at any moment, many times: the next one finds all that was answered, and
-//! of what was going on all or nothing.
+//! A process that allocates, stamps and frees regions is killed at any moment, many times: the next one finds all
+//! that was answered, and of what was going on all or nothing.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 

@@ -10,11 +10,16 @@
 //!     └──► slot ───► store           one saved state, whole or recognised as torn
 //! ```
 //!
-//! A medium is a *directory* (on a file system with DAX, tmpfs or hugetlbfs; each region is a file) or one *device* (a DAX device, a block
-//! device or a plain file; each region is an extent). One daemon owns it, by a lock that ends with the process.
+//! A medium is a *directory* (on a file system with DAX, tmpfs or hugetlbfs; each region is a file) or one *device*
+//! (a DAX device, a block device or a plain file; each region is an extent). One daemon owns it, by a lock that ends
+//! with the process.
 //!
-//! On hugetlbfs, which has no write(2), the registry is a file like elsewhere, reached through a mapping. It takes a huge page, but lives
-//! and dies with the memory that it tells of; a registry in another file system would outlive its regions at each restart.
+//! On a plain file with DAX each save and each change of the registry makes durable what all guests have stored to
+//! it: a kernel knows no smaller unit than a file. A directory is the better choice there.
+//!
+//! On hugetlbfs, which has no write(2), the registry is a file like elsewhere, reached through a mapping. It takes a
+//! huge page, but lives and dies with the memory that it tells of; a registry in another file system would outlive
+//! its regions at each restart.
 //!
 //! Knows no VMM, no power and no clock, starts no thread, and never touches a byte of a guest's memory once the region is made.
 
@@ -68,7 +73,7 @@ const LOCK_FILE: &str = "vm-nvram.lock";
 pub struct MediumConfig {
     /// 1 to [`MAX_NAME`] letters, digits, `-`, `_` or `.`. Written on the medium: one of another name is refused.
     pub name: String,
-    /// A directory, a plain file, a block device or a DAX device; which one is found out.
+    /// A directory, a plain file, a block device or a DAX device; which one is found out. Absolute.
     pub path: PathBuf,
     /// The operator vouches that the host's memory outlives the power: for media in memory.
     #[serde(default)]
@@ -112,6 +117,10 @@ impl MediumConfig {
                 self.name
             )));
         }
+        if !self.path.is_absolute() {
+            // A VMM may have another working directory.
+            return Err(Error::invalid(format!("medium path {} is not absolute", self.path.display())));
+        }
         Ok(())
     }
 }
@@ -150,12 +159,13 @@ pub struct Region {
     pub offset_bytes: u64,
     /// The caller's, as last given to [`Nvram::stamp`]; 0 at first.
     pub generation: u64,
-    is_dax: bool,
+    is_pmem: bool,
 }
 
 /// What QEMU's `memory-backend-file` has to be told, besides `share=on`.
 ///
-/// `discard-data` must stay off, and `prealloc` is not needed: the pages are there already, and touching them all only costs time.
+/// `discard-data` must stay off, and `prealloc` is not needed: the pages are there already, and touching them all
+/// only costs time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Backing {
     /// `mem-path`
@@ -181,7 +191,7 @@ impl Region {
             offset_bytes: self.offset_bytes,
             size_bytes: self.bytes,
             align_bytes: self.alignment_bytes,
-            pmem: self.is_dax,
+            pmem: self.is_pmem,
             prealloc: false,
         }
     }
@@ -222,7 +232,9 @@ impl Nvram {
         Self::open_locked(config, &target, lock)
     }
 
-    /// [`open`](Self::open), and [`create`](Self::create) where it is blank: for media that are empty after a restart.
+    /// [`open`](Self::open), and [`create`](Self::create) where it is blank: for media that are empty after a
+    /// restart. Look at the [`verdict`](Capabilities::verdict) of a [`probe`] first: where a mount has failed, the
+    /// directory below it is blank, too.
     ///
     /// # Errors
     /// Those of both.
@@ -273,8 +285,9 @@ impl Nvram {
         &self.capabilities
     }
 
-    /// Makes a region of zeroes. `bytes` are rounded up to the medium's alignment. Takes as long as writing them, where the medium needs that;
-    /// `progress` is told (done, total) in bytes. A power cut leaves all of it or nothing.
+    /// Makes a region of zeroes. `bytes` are rounded up to the medium's alignment. Takes as long as writing them,
+    /// where the medium needs that; `progress` is told (done, total) in bytes. A power cut leaves all of it or
+    /// nothing.
     ///
     /// # Errors
     /// `Invalid` (a bad owner or size, or it has such a region already), `OverQuota`, `NoSpace`, `Io`.
@@ -355,8 +368,8 @@ impl Nvram {
         Ok(Usage { used_bytes, free_bytes, available_bytes })
     }
 
-    /// Returns when all that was stored to a region, by whatever processor, is durable. The cost is that of [`Capabilities::flush`]; nobody else is
-    /// kept waiting by it.
+    /// Returns when all that was stored to a region, by whatever processor, is durable. The cost is that of
+    /// [`Capabilities::flush`]; nobody else is kept waiting by it.
     ///
     /// # Errors
     /// `NotFound`, `Io`.
@@ -367,7 +380,7 @@ impl Nvram {
         self.regions.flush(id)
     }
 
-    /// The slot in a region for state.
+    /// The slot in a region for state. To be opened before the time in which it is needed: that takes longer than saving.
     ///
     /// # Errors
     /// `NotFound`; `Invalid` where the region is for memory; `Damaged` where its file is not what it should be; `Io`.
@@ -393,13 +406,13 @@ impl Nvram {
             path,
             offset_bytes: entry.offset,
             generation: entry.generation,
-            is_dax: self.capabilities.is_dax,
+            is_pmem: self.capabilities.is_dax && self.capabilities.map_sync.is_yes(),
         }
     }
 }
 
-/// Locks a medium against every other open file description, in this process too; it ends with the last copy of the descriptor, and so with the
-/// process, however that ends.
+/// Locks a medium against every other open file description, in this process too; it ends with the last copy of the
+/// descriptor, and so with the process, however that ends.
 fn lock(target: &Target) -> Result<File> {
     let path = &target.path;
     let io_error = |source| Error::io(format!("cannot lock {}", path.display()), source);

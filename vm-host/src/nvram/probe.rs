@@ -2,8 +2,8 @@
 
 //! What a medium is and what can be done with it: found by trying, not by assuming.
 //!
-//! Three questions: do its bytes outlive the power ([`Capabilities::verdict`]), how do a processor's stores get there ([`Flush`]), and
-//! what can the kernel tell about accesses to it ([`UserFaults`]).
+//! Three questions: do its bytes outlive the power ([`Capabilities::verdict`]), how do a processor's stores get there
+//! ([`Flush`]), and what can the kernel tell about accesses to it ([`UserFaults`]).
 
 use std::fmt;
 use std::fs::{File, OpenOptions};

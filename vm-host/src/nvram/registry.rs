@@ -18,7 +18,7 @@
 //!               later version is told from damage
 //! 24   u64      generation: how many times the registry was written
 //! 32   [u8;16]  medium: random, the same in both copies
-//! 48   u64      bytes of the device when it was formatted; 0 of a directory
+//! 48   u64      bytes of the device when it was formatted, in whole units of its alignment; 0 of a directory
 //! 56   u64      first byte of the regions on it; 0 of a directory
 //! 64   u64      the next region's id: ids, and with them file names, are never used twice
 //! 72   u32      regions
@@ -48,8 +48,9 @@
 //! is *dropping* before its bytes go.** So after a crash the registry itself says whose bytes are to be taken away, and a
 //! file that it does not know is left alone.
 //!
-//! **Formatting** writes the word "vmNVMAKE" over the beginning of copy A of a blank device, then zeroes behind it, then B, then A, a barrier behind
-//! each. Where an interrupted one left that word, it is told from damage and started again; where it did not, B is whole.
+//! **Formatting** writes the word "vmNVMAKE" over the beginning of copy A of a blank device, then zeroes behind it,
+//! then B, then A, a barrier behind each. Where an interrupted one left that word, it is told from damage and started
+//! again; where it did not, B is whole.
 
 use std::path::Path;
 
@@ -343,7 +344,10 @@ impl Registry {
 
     /// Returns when the table is durable in both copies. After an error it may be there or not.
     pub(super) fn commit(&mut self, store: &dyn Store, table: &Table) -> std::io::Result<()> {
-        let generation = self.generation + 1;
+        let generation = self
+            .generation
+            .checked_add(1)
+            .ok_or_else(|| std::io::Error::other("the registry has been written as often as it can be"))?;
         let image = Image { identity: self.identity.clone(), generation, table: table.clone() };
         let bytes = image.encode();
         for at in COPIES {

@@ -22,9 +22,10 @@
 //! 96   …        metadata, JSON of the caller's
 //! ```
 //!
-//! **One barrier.** Header and payload are written and then made durable together, because the time that is left when the
-//! power fails is short, and barriers are what takes it. Whatever arrived of them, in whatever order: the header vouches for itself
-//! and for the payload, so a state is read whole or reads as torn. What was in the slot before is lost in any case.
+//! **One barrier.** Header and payload are written and then made durable together, because the time that is left when
+//! the power fails is short, and barriers are what takes it. Whatever arrived of them, in whatever order: the header
+//! vouches for itself and for the payload, so a state is read whole or reads as torn. What was in the slot before is
+//! lost in any case.
 
 use std::io;
 
@@ -96,8 +97,8 @@ impl Slot {
     /// Replaces what is in the slot; durable when it returns. One barrier.
     ///
     /// # Errors
-    /// `Invalid` where metadata or payload are too large, and nothing has changed; after `Io` the slot reads as torn, or holds the old or
-    /// the new state.
+    /// `Invalid` where metadata or payload are too large, and nothing has changed; after `Io` the slot reads as torn,
+    /// or holds the old or the new state.
     pub fn commit(&self, header: &SavedHeader, payload: &[u8]) -> Result<()> {
         if header.metadata.len() > MAX_METADATA {
             return Err(Error::invalid(format!(

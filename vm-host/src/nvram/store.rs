@@ -34,8 +34,8 @@ pub(super) trait Store: Debug + Send + Sync {
 pub enum Flush {
     /// They are once they are visible: the power domain includes the caches, or the memory itself is said to be kept.
     Nothing,
-    /// The kernel writes back what has been written to since the last time: fsync(2) or msync(2). It costs in proportion to that,
-    /// and the next store to each page faults once more.
+    /// The kernel writes back what has been written to since the last time: fsync(2) or msync(2). It costs in
+    /// proportion to that, and the next store to each page faults once more.
     Sync,
     /// Each cache line of the region is written back: costs in proportion to the region's size, tens of GiB a second.
     CacheLines,

@@ -328,6 +328,10 @@ impl Table {
     /// What contradicts itself, for a table that came from a medium: the checksum has vouched for its bytes, this
     /// guards against whoever computed it.
     pub(super) fn validate(&self, room: Option<Span>) -> std::result::Result<(), String> {
+        let total = self.entries.iter().try_fold(0u64, |sum, entry| sum.checked_add(entry.bytes));
+        if total.is_none_or(|total| i64::try_from(total).is_err()) {
+            return Err("its regions are larger together than any medium".to_owned());
+        }
         for (i, entry) in self.entries.iter().enumerate() {
             let id = entry.id;
             if id.0 >= self.next_id || self.entries[..i].last().is_some_and(|before| before.id >= id) {

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A medium that loses power, for tests: it can stop after any number of operations, and shows everything that a cut may have left.
+//! A medium that loses power, for tests: it can stop after any number of operations, and shows everything that a cut
+//! may have left.
 //!
-//! Of what was written since the last barrier each atom (512 bytes, say) may have arrived or not, whatever became of the others. A process that is killed
-//! leaves all of it, but not yet durable: [`Sim::restart`].
+//! Of what was written since the last barrier each atom (512 bytes, say) may have arrived or not, whatever became of
+//! the others. A process that is killed leaves all of it, but not yet durable: [`Sim::restart`].
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -107,7 +108,8 @@ impl Sim {
         self.lock().seen.clone()
     }
 
-    /// What a power cut now may leave: everything, where that is few; else all prefixes, all suffixes, nothing, and some by lot.
+    /// What a power cut now may leave: everything, where that is few; else all prefixes, all suffixes, nothing, and
+    /// some by lot.
     pub(super) fn cuts(&self, atom: usize) -> Vec<Image> {
         let state = self.lock();
         let pieces: Vec<Op> = state.pending.iter().flat_map(|op| op.pieces(atom)).collect();

@@ -347,7 +347,8 @@ fn registry_of_a_newer_version_is_refused_and_kept() {
 fn registry_that_contradicts_itself_under_a_good_checksum_is_refused() {
     let (good, _) = in_use();
     let entry = 128;
-    // (where, what): overlap, bad alignment, out of the medium, wild length, unknown purpose and phase, bad owner, bad id, bad kind
+    // (where, what): overlap, bad alignment, out of the medium, wild length, unknown purpose and phase, bad owner,
+    // bad id, bad kind
     let lies: [(usize, &[u8]); 9] = [
         (entry + 128 + 16, &SPAN.start.to_le_bytes()),
         (entry + 24, &3u64.to_le_bytes()),
@@ -368,6 +369,22 @@ fn registry_that_contradicts_itself_under_a_good_checksum_is_refused() {
         let refused = open(&Sim::new(image), Kind::Device);
         assert!(matches!(refused, Err(Error::Damaged { .. })), "byte {at}: {refused:?}");
     }
+}
+
+#[test]
+fn regions_that_are_larger_together_than_any_medium_are_refused() {
+    let sim = formatted(Kind::Directory);
+    let regions = open(&sim, Kind::Directory).unwrap();
+    run(&regions, SCRIPT[0]).unwrap();
+    run(&regions, SCRIPT[1]).unwrap();
+    let mut image = sim.seen();
+    for copy in COPIES {
+        for entry in [copy + 128, copy + 256] {
+            image.bytes[entry + 8..entry + 16].copy_from_slice(&(1u64 << 63).to_le_bytes());
+        }
+        reseal(&mut image.bytes[copy..], 128 + 2 * 128);
+    }
+    assert!(matches!(open(&Sim::new(image), Kind::Directory), Err(Error::Damaged { .. })));
 }
 
 #[test]

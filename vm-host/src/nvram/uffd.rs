@@ -54,7 +54,8 @@ pub struct UserFaults {
     pub minor: Support,
 }
 
-/// `_IOWR(0xAA, nr, size)` and so on of linux/userfaultfd.h; `_IOWR('f', 16, 96)` of linux/fs.h. All arguments are arrays of u64.
+/// `_IOWR(0xAA, nr, size)` and so on of linux/userfaultfd.h; `_IOWR('f', 16, 96)` of linux/fs.h. All arguments are
+/// arrays of u64.
 const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xAA00;
 const UFFDIO_API: libc::Ioctl = 0xC018_AA3F_u32 as libc::Ioctl;
 const UFFDIO_REGISTER: libc::Ioctl = 0xC020_AA00_u32 as libc::Ioctl;
@@ -80,8 +81,8 @@ const CAN_CONTINUE: u64 = 1 << 7;
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
 
 fn ioctl<const N: usize>(fd: RawFd, request: libc::Ioctl, argument: &mut [u64; N]) -> io::Result<u64> {
-    // SAFETY: each request reads and writes exactly the structure whose size its number holds, N words; what it does to memory is
-    // said where it is called.
+    // SAFETY: each request reads and writes exactly the structure whose size its number holds, N words; what it does
+    // to memory is said where it is called.
     let result = unsafe { libc::ioctl(fd, request, argument.as_mut_ptr()) };
     u64::try_from(result).map_err(|_| io::Error::last_os_error())
 }
