@@ -73,18 +73,27 @@ fn run_and_kill(path: &Path, seed: u64, before: &Model, life: Duration) -> (Mode
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    std::thread::sleep(life);
-    child.kill().unwrap();
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let (mut done, mut begun) = (before.clone(), None);
-    for line in lines {
-        let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-        match words[0].as_str() {
-            "begin" if words.len() == 5 => begun = Some(words),
-            "done" => apply(&mut done, &begun.take().unwrap()),
-            _ => {}
-        }
-    }
+    std::thread::scope(|scope| {
+        let (started, has_started) = std::sync::mpsc::channel();
+        let (done, begun) = (&mut done, &mut begun);
+        // Read while it runs, or it would soon wait for us.
+        scope.spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+                match words[0].as_str() {
+                    "begin" if words.len() == 5 => *begun = Some(words),
+                    "done" => apply(done, &begun.take().unwrap()),
+                    _ => continue,
+                }
+                let _ = started.send(());
+            }
+        });
+        has_started.recv().unwrap();
+        std::thread::sleep(life);
+        child.kill().unwrap();
+    });
     child.wait().unwrap();
     let mut after = done.clone();
     if let Some(words) = begun {
@@ -99,8 +108,7 @@ fn kill_again_and_again(path: &Path) {
     let mut lot = StdRng::seed_from_u64(7);
     let (mut model, mut changes) = (Model::new(), 0);
     for seed in 0..30 {
-        // Long enough to begin, at the least.
-        let life = Duration::from_micros(lot.random_range(5_000..60_000));
+        let life = Duration::from_micros(lot.random_range(0..30_000));
         let (done, after) = run_and_kill(path, seed, &model, life);
         let nvram = Nvram::open(&config).unwrap();
         let found = model_of(&nvram);

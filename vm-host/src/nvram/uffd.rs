@@ -8,8 +8,8 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU8, Ordering};
 
+use rustix::mm::{Advice, madvise};
 use serde::Serialize;
 
 use super::store::Mapping;
@@ -169,24 +169,21 @@ fn written(pagemap: RawFd, range: &Range) -> io::Result<u64> {
     ioctl(pagemap, PAGEMAP_SCAN, &mut argument)
 }
 
-/// Stores to the first byte what it holds. In one step: somebody else may be storing to it.
-fn touch(mapping: &Mapping) {
-    // SAFETY: a mapping has at least one page; `try_all`'s caller vouches that it is backed, so the access ends well. A byte is
-    // always aligned, and in this process it is accessed in no other way meanwhile.
-    let byte = unsafe { AtomicU8::from_ptr(mapping.start()) };
-    let held = byte.load(Ordering::Relaxed);
-    // Where it has just changed, the write that matters has happened, too.
-    let _ = byte.compare_exchange(held, held, Ordering::Relaxed, Ordering::Relaxed);
+/// Makes the page writable as a store would, without one: what is in it stays, and where a store would end in SIGBUS this fails.
+fn touch(mapping: &Mapping) -> io::Result<()> {
+    // SAFETY: populating changes no byte; the range is the mapping's own.
+    unsafe { madvise(mapping.start().cast(), mapping.len(), Advice::LinuxPopulateWrite) }?;
+    Ok(())
 }
 
 fn try_async(mapping: &Mapping, range: &Range) -> io::Result<()> {
     let fd = with_features(FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_ASYNC)?;
-    touch(mapping);
+    touch(mapping)?;
     register(&fd, range, MODE_WP, 0)?;
     protect(&fd, range)?;
     let pagemap = OpenOptions::new().read(true).open("/proc/self/pagemap")?;
     let before = written(pagemap.as_raw_fd(), range)?;
-    touch(mapping);
+    touch(mapping)?;
     let after = written(pagemap.as_raw_fd(), range)?;
     if (before, after) == (0, 1) {
         Ok(())
@@ -195,8 +192,7 @@ fn try_async(mapping: &Mapping, range: &Range) -> io::Result<()> {
     }
 }
 
-/// Tries everything on a shared mapping of one page (of whatever size), which must be backed: touching it must not end in
-/// SIGBUS.
+/// Tries everything on a shared mapping of one page, of whatever size.
 pub(super) fn try_all(mapping: &Mapping) -> UserFaults {
     let range = Range { start: mapping.start().expose_provenance() as u64, len: mapping.len() as u64 };
     let attempt = |features, mode, required| {
