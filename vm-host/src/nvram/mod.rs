@@ -233,7 +233,7 @@ impl Nvram {
     }
 
     /// [`open`](Self::open), and [`create`](Self::create) where it is blank: for media that are empty after a
-    /// restart. Look at the [`verdict`](Capabilities::verdict) of a [`probe`] first: where a mount has failed, the
+    /// restart. Look at the [`verdict`](Capabilities::verdict) of a [`probe()`] first: where a mount has failed, the
     /// directory below it is blank, too.
     ///
     /// # Errors
