@@ -95,6 +95,11 @@ struct Logind {
 
 impl Logind {
     fn start(address: &str) -> Self {
+        Self::start_while(address, false)
+    }
+
+    /// One that is shutting down already, or not.
+    fn start_while(address: &str, preparing: bool) -> Self {
         let (sender, locks) = channel();
         let (tell, told) = channel();
         let address = address.to_owned();
@@ -104,7 +109,7 @@ impl Logind {
                 let calls = MessageStream::from(&connection);
                 connection.request_name(SERVICE).await.unwrap();
                 tell.send(connection.clone()).unwrap();
-                answer(&connection, calls, &sender).await;
+                answer(&connection, calls, &sender, preparing).await;
             });
         });
         Self { connection: told.recv().unwrap(), locks }
@@ -124,7 +129,12 @@ impl Logind {
     }
 }
 
-async fn answer(connection: &Connection, mut calls: MessageStream, locks: &Sender<(OwnedFd, [String; 4])>) {
+async fn answer(
+    connection: &Connection,
+    mut calls: MessageStream,
+    locks: &Sender<(OwnedFd, [String; 4])>,
+    preparing: bool,
+) {
     while let Some(Ok(message)) = poll_fn(|context| Pin::new(&mut calls).poll_next(context)).await {
         if message.message_type() != Type::MethodCall {
             continue;
@@ -133,6 +143,10 @@ async fn answer(connection: &Connection, mut calls: MessageStream, locks: &Sende
         let member = header.member().map(|member| member.to_string());
         let body = message.body();
         let done = match member.as_deref() {
+            Some("Inhibit") if preparing => {
+                let error = "org.freedesktop.login1.OperationInProgress";
+                connection.reply_error(&header, error, &"it is already running").await
+            }
             Some("Inhibit") => {
                 let (what, who, why, mode) = body.deserialize::<(String, String, String, String)>().unwrap();
                 let (ours, theirs) = rustix::pipe::pipe().unwrap();
@@ -142,7 +156,7 @@ async fn answer(connection: &Connection, mut calls: MessageStream, locks: &Sende
             }
             Some("Get") => match body.deserialize::<(String, String)>().unwrap().1.as_str() {
                 "InhibitDelayMaxUSec" => connection.reply(&header, &Variant::from(5_000_000u64)).await,
-                _ => connection.reply(&header, &Variant::from(false)).await,
+                _ => connection.reply(&header, &Variant::from(preparing)).await,
             },
             _ => Ok(()),
         };
@@ -242,6 +256,15 @@ fn bus_that_dies_is_lost_and_its_lock_is_kept_until_there_is_a_new_one() {
     let start = Instant::now();
     drop(monitor);
     assert!(start.elapsed() < Duration::from_secs(2));
+}
+
+#[test]
+fn shutdown_that_is_under_way_at_the_start_is_heard_although_it_does_not_wait() {
+    let bus = Bus::start();
+    let _logind = Logind::start_while(&bus.address(), true);
+    let (monitor, receiver) = bus.monitor();
+    assert_eq!(next(&receiver), PLANNED);
+    assert!(!monitor.delays_shutdown());
 }
 
 #[test]

@@ -266,7 +266,12 @@ mod tests {
         std::fs::write(NAME, "1").unwrap();
         let (reporter, receiver) = reporter("edge");
         let line = Line::Path(NAME.into());
-        let thread = spawn(&reporter, |reporter| run(reporter, line, Low::Critical)).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = spawn(&reporter, move |reporter| {
+            tell.send(rustix::thread::gettid()).unwrap();
+            run(reporter, line, Low::Critical);
+        })
+        .unwrap();
         assert_eq!(next(&receiver), Kind::Online);
         let mut times = Vec::new();
         for round in 0..100 {
@@ -280,6 +285,18 @@ mod tests {
         println!("edge: {:?} from the edge of a file to the observation, median of 100", median(times));
         std::fs::write(NAME, "humbug").unwrap();
         until("the complaint", || reporter.health().error.as_deref() == Some("says \"humbug\""));
+        // Such a file is always readable: waiting for that would be no waiting.
+        let task = format!("/proc/self/task/{}/status", told.recv().unwrap().as_raw_nonzero());
+        let sleeps = || {
+            let status = std::fs::read_to_string(&task).unwrap();
+            let line =
+                |name| status.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+            (line("State:"), line("voluntary"), line("nonvoluntary"))
+        };
+        until("the end of the work", || sleeps().0.contains("sleeping"));
+        let before = sleeps();
+        std::thread::sleep(Duration::from_millis(200));
+        assert_eq!(sleeps(), before);
         end(&reporter, thread);
     }
 

@@ -3,7 +3,7 @@
 //! Planned shutdowns and reboots of the host, as systemd-logind announces them on the system bus.
 //!
 //! ```text
-//!   connect ► hear PrepareForShutdown ► Inhibit("shutdown", …, "delay") ► PreparingForShutdown? ► started
+//!   connect ► hear PrepareForShutdown ► PreparingForShutdown? ► Inhibit("shutdown", …, "delay") ► started
 //!                   │
 //!                   ├─ true:  shutdown planned; logind waits for the lock, at most InhibitDelayMaxUSec
 //!                   │            Lock::release, when all is saved: the shutdown goes on
@@ -161,11 +161,15 @@ async fn hear(
         .await?;
     // Before the lock, or a shutdown that begins in between would not be heard.
     let mut signals = logind.receive_signal("PrepareForShutdown").await?;
-    inhibit(&logind, lock).await?;
+    let preparing = logind.get_property::<bool>("PreparingForShutdown").await.unwrap_or(false);
+    match inhibit(&logind, lock).await {
+        // Too late: logind gives no locks any more.
+        Err(error) if preparing => debug!(%error, "a shutdown is under way and does not wait"),
+        taken => taken?,
+    }
     let within = logind.get_property::<u64>("InhibitDelayMaxUSec").await;
     let within_ms =
         within.inspect_err(|error| debug!(%error, "no InhibitDelayMaxUSec")).ok().map(|us| us / 1000);
-    let preparing = logind.get_property::<bool>("PreparingForShutdown").await.unwrap_or(false);
     reporter.detail(match within_ms {
         Some(ms) => format!("a shutdown waits for up to {ms} ms"),
         None => "a shutdown waits".to_owned(),
