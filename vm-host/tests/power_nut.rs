@@ -13,7 +13,7 @@ use std::sync::mpsc::Receiver;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use vm_host::power::{Kind, Monitor, Observation, PowerConfig};
+use vm_host::power::{Effect, Input, Kind, Machine, Monitor, Observation, PowerConfig, State};
 
 const UPS: &str = "dummy";
 
@@ -174,6 +174,65 @@ fn real_server_tells_of_a_failure_from_its_beginning_to_its_end() {
     nut.say("OL CHRG LB", Some(20));
     hear(&receiver, Kind::Online);
     assert_eq!(error(&monitor), "");
+}
+
+/// The host's loop, with a host that saves and resumes in no time.
+#[test]
+fn machine_saves_before_the_battery_ends_and_resumes_when_power_has_come_back_for_good() {
+    let nut = Nut::start("OL");
+    let config = format!(
+        "margin_ms = 30000\ndisarm_after_ms = 500\nresume_after_ms = 2000\n[[source]]\nkind = \"nut\"\nname = \"ups\"\n\
+         host = \"127.0.0.1\"\nport = {}\npoll_ms = 300\npoll_on_battery_ms = 100",
+        nut.port
+    );
+    let config: PowerConfig = toml::from_str(&config).unwrap();
+    let (_monitor, receiver) = Monitor::start(&config).unwrap();
+    let start = Instant::now();
+    let now = || u64::try_from(start.elapsed().as_millis()).unwrap();
+    let mut machine = Machine::new(config.policy(1_000), &config.roles(), now());
+    let mut done: Vec<(&str, u64)> = Vec::new();
+    let mut step = 0;
+    while now() < 40_000 && done.last().is_none_or(|(what, _)| *what != "resume") {
+        let wait = machine.wake_at_ms().map_or(100, |at| at.saturating_sub(now()).min(100));
+        let mut inputs = match receiver.recv_timeout(Duration::from_millis(wait)) {
+            Ok(observation) => vec![Input::Observed(observation)],
+            Err(_) => vec![Input::Time],
+        };
+        while let Some(input) = inputs.pop() {
+            for effect in machine.apply(input, now()) {
+                match effect {
+                    Effect::PreArm => done.push(("arm", now())),
+                    Effect::DisArm => done.push(("disarm", now())),
+                    Effect::SaveAll { ticket, deadline_ms, .. } => {
+                        // The UPS said 25 s, some of which may have passed.
+                        assert!(
+                            (now() + 20_000..=now() + 25_000).contains(&deadline_ms),
+                            "{deadline_ms} at {}",
+                            now()
+                        );
+                        done.push(("save", now()));
+                        inputs.push(Input::SaveFinished { ticket, ok: 1, failed: 0 });
+                    }
+                    Effect::ResumeAll { ticket } => {
+                        done.push(("resume", now()));
+                        inputs.push(Input::ResumeFinished { ticket });
+                    }
+                    Effect::AllowShutdown | Effect::Event(_) => {}
+                }
+            }
+        }
+        match (step, machine.state()) {
+            (0, State::Online) if now() > 1_000 => nut.say("OB", Some(60)),
+            (1, State::OnBattery) => nut.say("OB", Some(25)),
+            (2, State::Saved) => nut.say("OL", None),
+            _ => continue,
+        }
+        step += 1;
+    }
+    let names: Vec<_> = done.iter().map(|(what, _)| *what).collect();
+    assert_eq!(names, ["arm", "save", "resume"], "{done:?}");
+    assert!(done[2].1 - done[1].1 >= 2_000, "{done:?}");
+    assert_eq!(machine.state(), State::Online);
 }
 
 #[test]

@@ -614,23 +614,30 @@ impl Machine {
         self.change(State::Critical, reason, now_ms, effects);
     }
 
-    /// When it is to be expected: a runtime that was told is believed, but never to be longer than the window of a source that says
-    /// it is about to end.
+    /// When it is to be expected: where each supply is needed, with the first that ends, else with the last. Of a supply
+    /// that says how long it lasts, that counts, else its window from when it said that it is about to end.
     fn darkness(&self, verdict: &Verdict, now_ms: u64) -> u64 {
+        let window = |id: SourceId| {
+            let own = self.policy.source_windows_ms.get(usize::from(id.0)).copied().flatten();
+            own.unwrap_or(self.policy.window_ms)
+        };
+        let end = |(id, source): (SourceId, &Source)| match source.word? {
+            (Kind::OnBattery { runtime_left_ms }, at) => Some(at.saturating_add(runtime_left_ms?)),
+            (word, at) if level_of(word) == Level::Critical => Some(at.saturating_add(window(id))),
+            _ => None,
+        };
+        let failing = verdict.source.map(|source| {
+            let ends = self.supplies().chain([(SourceId::TEST, &self.test)]).filter_map(end);
+            let end = match self.policy.supplies {
+                Supplies::Any => ends.min(),
+                Supplies::All => ends.max(),
+            };
+            end.unwrap_or_else(|| now_ms.saturating_add(window(source)))
+        });
         let planned =
             self.planned.map(|(since, within)| since.saturating_add(within.unwrap_or(self.policy.window_ms)));
-        let source = verdict.source.filter(|_| verdict.level > Level::Online);
-        let failing = source.map(|id| {
-            let place = usize::from(id.0);
-            let own = self.policy.source_windows_ms.get(place).copied().flatten();
-            let window = now_ms.saturating_add(own.unwrap_or(self.policy.window_ms));
-            match self.sources.get(place).and_then(|source| source.word) {
-                Some((Kind::OnBattery { runtime_left_ms: Some(left) }, at)) => at.saturating_add(left),
-                _ => window,
-            }
-        });
         let known = [planned, failing].into_iter().flatten().min();
-        known.unwrap_or_else(|| now_ms.saturating_add(self.policy.window_ms))
+        known.unwrap_or_else(|| now_ms.saturating_add(self.policy.window_ms)).max(now_ms)
     }
 
     fn change(&mut self, to: State, reason: Reason, now_ms: u64, effects: &mut Vec<Effect>) {

@@ -145,8 +145,20 @@ fn redundant_supplies_fare_as_well_as_the_best_that_is_heard() {
     assert_eq!(acts(machine.apply(say(B, BATTERY), 20)), [Effect::PreArm]);
     assert_eq!(
         acts(machine.apply(say(B, Kind::ForcedShutdown), 30)),
-        save(1, Reason::LowBattery { source: A }, 1030)
+        // B ends at 330, A has a longer window.
+        save(1, Reason::LowBattery { source: A }, 1010)
     );
+}
+
+#[test]
+fn darkness_comes_with_the_first_supply_that_is_needed_and_ends() {
+    let mut machine = machine(policy());
+    machine.apply(say(A, Kind::OnBattery { runtime_left_ms: Some(600) }), 10);
+    let effects = acts(machine.apply(say(B, Kind::LowBattery), 20));
+    assert_eq!(effects, save(1, Reason::LowBattery { source: B }, 320));
+    machine.apply(Input::SaveFinished { ticket: Ticket(1), ok: 0, failed: 1 }, 30);
+    machine.apply(say(B, Kind::OnBattery { runtime_left_ms: Some(5000) }), 40);
+    assert_eq!(acts(machine.apply(Input::Time, 50)), save(2, Reason::Retry { failed: 1 }, 610));
 }
 
 #[test]
@@ -239,7 +251,7 @@ fn what_failed_is_saved_again_while_power_is_away() {
     let effects = machine.apply(Input::SaveFinished { ticket: Ticket(1), ok: 1, failed: 2 }, 20);
     assert_eq!(effects[0], Effect::Event(Event::SaveIncomplete { ok: 1, failed: 2 }));
     assert_eq!((machine.state(), machine.wake_at_ms()), (State::Saved, Some(35)));
-    assert_eq!(acts(machine.apply(Input::Time, 35)), save(2, Reason::Retry { failed: 2 }, 1035));
+    assert_eq!(acts(machine.apply(Input::Time, 35)), save(2, Reason::Retry { failed: 2 }, 1010));
 }
 
 #[test]
