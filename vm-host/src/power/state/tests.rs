@@ -151,6 +151,16 @@ fn redundant_supplies_fare_as_well_as_the_best_that_is_heard() {
 }
 
 #[test]
+fn planned_shutdown_on_battery_ends_with_what_ends_first() {
+    for (within_ms, deadline_ms) in [(500, 520), (5000, 610)] {
+        let mut machine = machine(policy());
+        machine.apply(say(A, Kind::OnBattery { runtime_left_ms: Some(600) }), 10);
+        let planned = say(HOST, Kind::ShutdownPlanned { within_ms: Some(within_ms) });
+        assert_eq!(acts(machine.apply(planned, 20)), save(1, Reason::ShutdownPlanned, deadline_ms));
+    }
+}
+
+#[test]
 fn darkness_comes_with_the_first_supply_that_is_needed_and_ends() {
     let mut machine = machine(policy());
     machine.apply(say(A, Kind::OnBattery { runtime_left_ms: Some(600) }), 10);
