@@ -72,6 +72,7 @@
 mod args;
 mod client;
 mod error;
+mod events;
 mod output;
 mod program;
 mod session;
@@ -81,6 +82,7 @@ mod time;
 pub use args::{CommonArgs, one_of, parse, some_time};
 pub use client::{Answer, Client};
 pub use error::{Error, Exit, Failure, Refusal, Result};
+pub use events::{event_details, print_events};
 pub use output::{NOTHING, Output, envelope, eprint_line, has_colour, print_error, printable, word};
 pub use program::{Peer, Program};
 pub use session::Session;

@@ -2,60 +2,18 @@
 
 //! `events`: what has happened, and with `--follow` what happens.
 
-use std::time::Duration;
-
-use control_client::{Answer, Error, NOTHING, Output, Result, Session};
+use control_client::{Error, NOTHING, Output, Result, Session, event_details, print_events};
 use serde::Deserialize;
 use serde_json::Value;
-use vssd_protocol::control::{Event, SubscribeParams, Subscribed, method};
-
-/// How long the daemon may take between two of the events it has kept.
-const BACKLOG_GAP: Duration = Duration::from_secs(10);
-/// Says that the daemon dropped events because the reader was slow; it has no place in their order.
-const LOST: &str = "events.lost";
+use vssd_protocol::control::Event;
 
 pub(super) fn run(session: &Session, follow: bool, since: Option<u64>, types: &[String]) -> Result<()> {
-    let mut client = session.connect()?;
-    // Without --follow the newest event ends the output, so it must come whatever its type is: then the
-    // choice is made here.
-    let params = SubscribeParams {
-        filter: if follow { types.to_owned() } else { Vec::new() },
-        since_seq: since.or((!follow).then_some(0)),
-    };
-    let answer: Answer<Subscribed> = client.call(method::EVENTS_SUBSCRIBE, &params)?;
-    let newest = answer.typed.seq;
-    // A number that was not given out yet is of a daemon that ran before: then all that is kept will come.
-    if !follow && (newest == 0 || since == Some(newest)) {
-        return Ok(());
-    }
-    let out = &session.out;
-    while !out.is_closed() {
-        let deadline = if follow { None } else { std::time::Instant::now().checked_add(BACKLOG_GAP) };
-        let Some(raw) = client.next_event(deadline)? else {
-            return Err(Error::TimedOut {
-                message: format!("the daemon announced events up to {newest} and did not send them"),
-                hint: "`balloon-ctl events --follow` goes on with new ones".to_owned(),
-            });
-        };
-        let event = Event::deserialize(&raw).map_err(|err| Error::Protocol(format!("event: {err}")))?;
-        let is_wanted =
-            types.is_empty() || types.iter().any(|prefix| event.event.starts_with(prefix.as_str()));
-        if is_wanted || event.event == LOST {
-            if out.json {
-                out.value(&raw)?;
-            } else {
-                out.line(&line(out, &event))?;
-            }
-        }
-        if !follow && event.event != LOST && event.seq >= newest {
-            return Ok(());
-        }
-    }
-    Ok(())
+    print_events(session, follow, since, types, line)
 }
 
 /// Streams have no table: the columns are as wide as what usually stands in them.
-fn line(out: &Output, event: &Event) -> String {
+fn line(out: &Output, raw: &Value) -> Result<String> {
+    let event = Event::deserialize(raw).map_err(|err| Error::Protocol(format!("event: {err}")))?;
     let device = event.device.as_deref().unwrap_or(NOTHING);
     let job = event.job.map_or_else(|| NOTHING.to_owned(), |id| format!("job {id}"));
     let text = format!(
@@ -63,50 +21,7 @@ fn line(out: &Output, event: &Event) -> String {
         event.time,
         event.seq,
         event.event,
-        details(out, &event.data)
+        event_details(out, &event.data)
     );
-    text.trim_end().to_owned()
-}
-
-/// `reason=guest-busy freeable=7 GiB`: the members of the event's data, sizes as sizes.
-fn details(out: &Output, data: &Value) -> String {
-    match data {
-        Value::Null => String::new(),
-        Value::Object(members) => {
-            let texts: Vec<String> = members
-                .iter()
-                .filter(|(_, value)| !value.is_null() && value.as_str() != Some(""))
-                .map(|(key, value)| match (key.strip_suffix("_bytes"), value.as_u64(), value) {
-                    (Some(key), Some(bytes), _) if !out.exact => format!("{key}={}", out.size(bytes)),
-                    (_, _, Value::String(text)) => format!("{key}={text}"),
-                    _ => format!("{key}={value}"),
-                })
-                .collect();
-            texts.join(", ")
-        }
-        other => other.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use control_client::CommonArgs;
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn details_show_sizes_as_sizes_unless_exact() {
-        let data = json!({
-            "deadline_ms": null, "freeable_bytes": 7516192768u64, "message": "", "reason": "guest-busy", "uid": 0
-        });
-        let output =
-            |exact| Output::new(crate::PROGRAM.schema, &CommonArgs { exact, ..CommonArgs::default() });
-        let human = output(false);
-        assert_eq!(details(&human, &data), "freeable=7 GiB, reason=guest-busy, uid=0");
-        let exact = output(true);
-        assert_eq!(details(&exact, &data), "freeable_bytes=7516192768, reason=guest-busy, uid=0");
-        assert_eq!(details(&human, &Value::Null), "");
-        assert_eq!(details(&human, &json!([1])), "[1]");
-    }
+    Ok(text.trim_end().to_owned())
 }
