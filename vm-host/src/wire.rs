@@ -19,7 +19,7 @@ pub use vssd_protocol::control::{HelloParams, NameParams, SubscribeParams, Subsc
 use crate::guard::PowerStatus;
 use crate::host::{Host, Medium};
 use crate::lint::Finding;
-use crate::nvram::{Capabilities, Verdict};
+use crate::nvram::{Capabilities, Purpose, Verdict};
 use crate::power::{Plan, Pretended};
 use crate::vm::Status;
 
@@ -241,13 +241,20 @@ impl MediumInfo {
                 .iter()
                 .map(|region| RegionInfo {
                     owner: region.owner.clone(),
-                    purpose: control_client::word(&region.purpose),
+                    purpose: purpose(region.purpose).to_owned(),
                     bytes: region.bytes,
                 })
                 .collect(),
             error,
             ..bare
         }
+    }
+}
+
+fn purpose(purpose: Purpose) -> &'static str {
+    match purpose {
+        Purpose::Memory => "memory",
+        Purpose::State => "state",
     }
 }
 
