@@ -48,7 +48,9 @@ fn serve(host: &mut EmulatedHost) -> Result<()> {
 }
 
 fn call(host: &mut EmulatedHost, method: &str, params: &str) -> Result<serde_json::Value> {
-    let said = host.ok(&format!("balloon-ctl --socket /run/vm-host/control.sock --timeout 100s rpc {method} '{params}'"))?;
+    let said = host.ok(&format!(
+        "balloon-ctl --socket /run/vm-host/control.sock --timeout 100s rpc {method} '{params}'"
+    ))?;
     Ok(serde_json::from_str(&said)?)
 }
 
@@ -59,7 +61,9 @@ fn run(host: &mut EmulatedHost, guest: &str, command: &str) -> Result<String> {
 
 /// The last number that one guest has heard from the other, once it is larger than `than`.
 fn heard_more(host: &mut EmulatedHost, than: u64) -> Result<u64> {
-    let said = format!("for i in $(seq 300); do n=$(tail -n 1 /tmp/heard); test \"${{n:-0}}\" -gt {than} && break; sleep 0.2; done; echo $n");
+    let said = format!(
+        "for i in $(seq 300); do n=$(tail -n 1 /tmp/heard); test \"${{n:-0}}\" -gt {than} && break; sleep 0.2; done; echo $n"
+    );
     Ok(run(host, "left", &said)?.parse()?)
 }
 
@@ -68,7 +72,8 @@ fn guests_run_on_after_a_power_cut() -> Result<()> {
     let _slot = guest_slot()?;
     let mut report = Report::new("power cut of a host with persistent guests");
     let kernel = Kernel::debian()?;
-    let guest = ImageBuilder::small(&kernel).kernel_module("virtio_net").kernel_module("virtio_blk").build()?;
+    let guest =
+        ImageBuilder::small(&kernel).kernel_module("virtio_net").kernel_module("virtio_blk").build()?;
     let image = EmulatedHost::image_with(&kernel, &QemuBinary::debian()?, &guest)?
         .artifact("vssd-backend", "vssd-backend")?
         .artifact("balloon-ctl", "balloon-ctl")?
@@ -91,20 +96,40 @@ fn guests_run_on_after_a_power_cut() -> Result<()> {
     let mut before = Vec::new();
     for (at, name) in NAMES.iter().enumerate() {
         let begun = Instant::now();
-        run(&mut host, name, &format!("modprobe virtio_net; ip link set eth0 up; ip addr add 10.0.0.{}/24 dev eth0", at + 1))?;
+        run(
+            &mut host,
+            name,
+            &format!("modprobe virtio_net; ip link set eth0 up; ip addr add 10.0.0.{}/24 dev eth0", at + 1),
+        )?;
         // A process that counts, one that holds a file that has no name any more.
-        run(&mut host, name, "(i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.1; done) >/dev/null 2>&1 &")?;
-        run(&mut host, name, "echo secret > /tmp/open; (exec 3< /tmp/open; rm /tmp/open; while ! test -e /tmp/go; do sleep 0.1; done; cat <&3 > /tmp/read) > /dev/null 2>&1 &")?;
+        run(
+            &mut host,
+            name,
+            "(i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.1; done) >/dev/null 2>&1 &",
+        )?;
+        run(
+            &mut host,
+            name,
+            "echo secret > /tmp/open; (exec 3< /tmp/open; rm /tmp/open; while ! test -e /tmp/go; do sleep 0.1; done; cat <&3 > /tmp/read) > /dev/null 2>&1 &",
+        )?;
         let memory = run(&mut host, name, "head -c 64M /dev/urandom > /tmp/data; sha256sum < /tmp/data")?;
         // Acknowledged, and never flushed.
-        run(&mut host, name, "head -c 8M /dev/urandom > /tmp/blocks; dd if=/tmp/blocks of=/dev/vda bs=64k oflag=direct 2>/dev/null")?;
+        run(
+            &mut host,
+            name,
+            "head -c 8M /dev/urandom > /tmp/blocks; dd if=/tmp/blocks of=/dev/vda bs=64k oflag=direct 2>/dev/null",
+        )?;
         let disk = run(&mut host, name, "sha256sum < /tmp/blocks")?;
         before.push((memory, disk));
         report.pass(&format!("{name} works"), format!("{:.1} s", begun.elapsed().as_secs_f64()));
     }
     // A connection that stays open over it.
     run(&mut host, "left", "(tail -f /dev/null | nc -l -p 7000 > /tmp/heard) 2>/dev/null &")?;
-    run(&mut host, "right", "(i=0; while :; do i=$((i+1)); echo $i; sleep 0.2; done | nc 10.0.0.1 7000) > /dev/null 2>&1 &")?;
+    run(
+        &mut host,
+        "right",
+        "(i=0; while :; do i=$((i+1)); echo $i; sleep 0.2; done | nc 10.0.0.1 7000) > /dev/null 2>&1 &",
+    )?;
     let heard = heard_more(&mut host, 4)?;
     let count: u64 = run(&mut host, "left", "cat /tmp/count")?.parse()?;
     report.check("the guests are connected", heard > 0, heard);
@@ -131,10 +156,19 @@ fn guests_run_on_after_a_power_cut() -> Result<()> {
     println!("{}", host.ok("cat /run/vm-host.log")?);
     println!("{}", call(&mut host, "vm.list", "{}")?);
     for (name, (memory, disk)) in NAMES.iter().zip(before) {
-        report.check(&format!("{name}'s memory"), run(&mut host, name, "sha256sum < /tmp/data")? == memory, "");
-        let blocks = run(&mut host, name, "dd if=/dev/vda bs=64k count=128 iflag=direct 2>/dev/null | sha256sum")?;
+        report.check(
+            &format!("{name}'s memory"),
+            run(&mut host, name, "sha256sum < /tmp/data")? == memory,
+            "",
+        );
+        let blocks =
+            run(&mut host, name, "dd if=/dev/vda bs=64k count=128 iflag=direct 2>/dev/null | sha256sum")?;
         report.check(&format!("{name}'s vSSD"), blocks == disk, "");
-        let read = run(&mut host, name, "touch /tmp/go; while ! test -s /tmp/read; do sleep 0.1; done; cat /tmp/read")?;
+        let read = run(
+            &mut host,
+            name,
+            "touch /tmp/go; while ! test -s /tmp/read; do sleep 0.1; done; cat /tmp/read",
+        )?;
         report.check(&format!("{name}'s open file"), read == "secret", read);
     }
     let now: u64 = run(&mut host, "left", "cat /tmp/count")?.parse()?;
