@@ -229,7 +229,10 @@ impl Loop {
             Effect::DisArm => self.report.armed(false),
             Effect::SaveAll { ticket, reason, deadline_ms } => {
                 info!(%reason, within_ms = deadline_ms.saturating_sub(self.now_ms()), "saving all VMs");
-                self.in_background("save all", move |host| Some(Word::Saved(ticket, host.save_all())));
+                if !self.in_background("save all", move |host| Some(Word::Saved(ticket, host.save_all()))) {
+                    // It is tried again.
+                    let _ = self.words.send(Word::Saved(ticket, Outcome { failed: 1, ..Outcome::default() }));
+                }
             }
             Effect::ResumeAll { ticket } => {
                 info!("resuming all VMs");
@@ -249,17 +252,19 @@ impl Loop {
         }
     }
 
-    fn in_background(&self, name: &str, work: impl FnOnce(&Host) -> Option<Word> + Send + 'static) {
+    /// False where there is no thread to be had.
+    fn in_background(&self, name: &str, work: impl FnOnce(&Host) -> Option<Word> + Send + 'static) -> bool {
         let (host, words) = (Arc::clone(&self.host), self.words.clone());
         let work = move || {
             if let Some(word) = work(&host) {
                 let _ = words.send(word);
             }
         };
-        if let Err(error) = thread::Builder::new().name(name.to_owned()).spawn(work) {
-            // Without an answer the state machine waits for ever; but without threads no VM could be saved either.
+        let spawned = thread::Builder::new().name(name.to_owned()).spawn(work);
+        if let Err(error) = &spawned {
             error!(%error, "cannot start a thread");
         }
+        spawned.is_ok()
     }
 
     fn now_ms(&self) -> u64 {

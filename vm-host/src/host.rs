@@ -345,11 +345,26 @@ fn keep(record: Record, shared: &Arc<Shared>) -> Result<Vm, Fault> {
 }
 
 fn open_medium(config: &MediumConfig) -> Medium {
-    let nvram = Nvram::open_or_create(config).map(Arc::new).map_err(|error: nvram::Error| {
-        error!(medium = config.name, %error, "cannot open NV-RAM; its VMs stay as they are");
-        Fault::from(error)
+    let nvram = open_or_create(config).map(Arc::new).inspect_err(|fault| {
+        error!(medium = config.name, code = fault.code.as_str(), %fault, "cannot open NV-RAM; its VMs stay as they are");
     });
     Medium { config: config.clone(), nvram }
+}
+
+/// A blank medium is made ready only where guests can be kept: the folder that a file system was to be mounted on is none.
+fn open_or_create(config: &MediumConfig) -> Result<Nvram, Fault> {
+    match Nvram::open(config) {
+        Err(nvram::Error::Unformatted { .. }) => {}
+        other => return Ok(other?),
+    }
+    match nvram::probe(config)?.verdict() {
+        Verdict::Keeps { .. } => Ok(Nvram::create(config)?),
+        Verdict::Loses { why, advice } => Err(loses(&config.name, &why, advice)),
+    }
+}
+
+fn loses(medium: &str, why: &str, advice: String) -> Fault {
+    Fault::new(ErrorCode::Lint, format!("{medium} would lose what guests store in it: {why}")).hint(advice)
 }
 
 fn on_budget(status: &Status) -> budget::Vm {

@@ -24,6 +24,7 @@ use rand::rngs::OsRng;
 use serde::{Deserialize, Serialize};
 
 use crate::definition::Definition;
+use crate::power::budget::Steps;
 use crate::vmm::Launch;
 use crate::vmm::process::ProcessId;
 
@@ -133,11 +134,14 @@ pub struct Record {
     pub definition: Definition,
     pub wanted: Wanted,
     pub life: Life,
+    /// The worst case of each step of its saves so far: what the energy budget reckons with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worst: Option<Steps>,
 }
 
 impl Record {
     pub fn new(definition: Definition) -> Self {
-        Self { version: VERSION, definition, wanted: Wanted::Stopped, life: Life::Stopped }
+        Self { version: VERSION, definition, wanted: Wanted::Stopped, life: Life::Stopped, worst: None }
     }
 }
 

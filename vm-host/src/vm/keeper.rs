@@ -192,10 +192,9 @@ impl Keeper {
         let saved = kept.save(machine, *incarnation, launch, &name, || shared.teller.sync_vssds(definition));
         match saved {
             Ok((last, steps)) => {
-                self.with_status(|status| {
-                    status.last_save = Some(last);
-                    status.worst = Some(status.worst.map_or(steps, |worst| worst.worst(&steps)));
-                });
+                // Durable with the next change: now there is something more urgent.
+                self.record.worst = Some(self.record.worst.map_or(steps, |worst| worst.worst(&steps)));
+                self.with_status(|status| status.last_save = Some(last));
                 self.enter(VmState::Saved, "saved");
                 Ok(())
             }

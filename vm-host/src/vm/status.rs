@@ -109,7 +109,7 @@ impl Status {
             pid: None,
             last_save: None,
             last_restore_us: None,
-            worst: None,
+            worst: record.worst,
             work: None,
             error: None,
             hint: None,
@@ -126,6 +126,7 @@ impl Status {
         self.priority = new.priority;
         self.vssds = new.vssds;
         self.incarnation = new.incarnation;
+        self.worst = new.worst;
         (self.machine, self.pid) = match &record.life {
             Life::Live { launch, process, .. } => {
                 (Some(launch.machine.clone()), process.as_ref().map(|process| process.pid))
