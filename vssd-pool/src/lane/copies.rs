@@ -7,6 +7,7 @@
 //! and all of them before the batch's requests are reported to anyone.
 
 use super::ring::Direction;
+use super::work::add;
 use crate::core::Core;
 use crate::types::MediumKind;
 
@@ -28,13 +29,14 @@ pub(super) struct Copies {
     waiting: [Option<Copy>; DEPTH],
     /// Where the next one goes; the oldest is there too when there are `DEPTH`.
     next: usize,
-    /// Something was copied to a medium since the last `finish`.
-    wrote: bool,
+    /// Copies to each medium since the last `finish`. They count as completed only then: a flush of another lane must
+    /// not take what is still to be copied for covered.
+    wrote: [u64; 2],
 }
 
 impl Copies {
     pub(super) fn new() -> Self {
-        Self { waiting: [None; DEPTH], next: 0, wrote: false }
+        Self { waiting: [None; DEPTH], next: 0, wrote: [0; 2] }
     }
 
     /// Takes a copy over, or makes it.
@@ -43,7 +45,7 @@ impl Copies {
     /// Its memory must stay valid for `len` bytes until [`Copies::finish`].
     pub(super) unsafe fn push(&mut self, core: &Core, copy: Copy) -> std::io::Result<()> {
         let is_write = copy.direction == Direction::Write;
-        self.wrote |= is_write;
+        self.wrote[copy.medium.index()] += u64::from(is_write);
         let Some(medium) = &core.media[copy.medium.index()] else { return Ok(()) };
         if !medium.store.prepare_copy(copy.offset, copy.len, is_write) {
             // SAFETY: the caller keeps the memory valid.
@@ -58,8 +60,8 @@ impl Copies {
         Ok(())
     }
 
-    /// Makes all that wait; other threads may rely on them afterwards.
-    pub(super) fn finish(&mut self, core: &Core) {
+    /// Makes all that wait, and counts them for the lane; other threads may rely on them afterwards.
+    pub(super) fn finish(&mut self, core: &Core, slot: usize) {
         for i in 0..DEPTH {
             if let Some(copy) = self.waiting[(self.next + i) % DEPTH].take() {
                 // SAFETY: whoever pushed it keeps its memory valid until this call.
@@ -67,8 +69,12 @@ impl Copies {
             }
         }
         self.next = 0;
-        if std::mem::take(&mut self.wrote) {
+        let wrote = std::mem::take(&mut self.wrote);
+        if wrote != [0; 2] {
             core.media.iter().flatten().for_each(|medium| medium.store.settle());
+            for (counter, wrote) in core.lanes[slot].writes.iter().zip(wrote) {
+                add(counter, wrote);
+            }
         }
     }
 }

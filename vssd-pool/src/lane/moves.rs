@@ -191,7 +191,6 @@ impl Work {
                 unsafe { copies.push(core, copy) }
             });
             if direction == Direction::Write {
-                add(&core.lanes[self.slot].writes[kind.index()], 1);
                 add(&core.lanes[self.slot].data_bytes_written[kind.index()], len);
             }
             if let Err(error) = copied {

@@ -163,7 +163,7 @@ impl Work {
             return Submitted::Done(Err(IoError::Io(libc::EIO)));
         }
         // What is counted as written has to be there before a sync may cover it.
-        self.copies.finish(core);
+        self.copies.finish(core, self.slot);
         let request = self.open_request(token, None);
         for kind in MediumKind::ALL {
             let Some(medium) = &core.media[kind.index()] else { continue };
@@ -274,7 +274,7 @@ impl Work {
     /// hole in its medium.
     fn leave(&mut self, core: &Core) -> bool {
         self.submit(core);
-        self.copies.finish(core);
+        self.copies.finish(core, self.slot);
         let sound = self.notice_losses(core);
         if let Some(parity) = self.section.take() {
             core.grace.leave(self.slot, parity);
