@@ -13,6 +13,7 @@ use vssd_protocol::units::{BlockSize, PhysicalBlock};
 
 use crate::arbiter::Capacity;
 use crate::command::Command;
+use crate::durability::Syncs;
 use crate::error::{Error, Result};
 use crate::grace::{Grace, MAX_LANES};
 use crate::journal::{Journal, Ledger};
@@ -126,6 +127,7 @@ pub(crate) struct Core {
     pub(crate) keeper_bell: Bell,
     pub(crate) scrub_bell: Bell,
     pub(crate) commit_bell: Bell,
+    pub(crate) syncs: Syncs,
     /// The journal page from which on a new checkpoint is due.
     pub(crate) checkpoint_at: AtomicU64,
     pub(crate) checkpoints: AtomicU64,

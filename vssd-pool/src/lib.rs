@@ -8,10 +8,10 @@
 //!                        ▼
 //!                      ledger = journal's tail + blocks' whereabouts, under one short lock
 //!                        ▲                  ▲                     ▲
-//!  caller's control ──► keeper            scrubber              committer
+//!  caller's control ──► keeper            scrubber              committer, syncer
 //!                      create, delete,    zero what was         journal writes that
-//!                      plug, unplug,      given back            take a device
-//!                      checkpoints
+//!                      plug, unplug,      given back            take a device; FLUSH
+//!                      checkpoints                              for the whole pool
 //! ```
 //!
 //! What is promised:
@@ -32,6 +32,7 @@ mod checkpoint;
 mod command;
 mod core;
 mod crc;
+mod durability;
 mod error;
 mod grace;
 mod journal;
@@ -54,6 +55,7 @@ mod vssd;
 
 pub use check::{CheckOptions, CheckReport, Finding, Severity};
 pub use command::ResizeDone;
+pub use durability::SyncDone;
 pub use error::{Error, Result};
 pub use lane::Lane;
 pub use pool::Pool;

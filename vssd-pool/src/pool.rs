@@ -17,6 +17,7 @@ use crate::check::{self, CheckOptions, CheckReport};
 use crate::checkpoint::{self, Contents, Slot};
 use crate::command::{Command, Reply, Resize, ResizeDone};
 use crate::core::{Bell, Core, LaneSlot};
+use crate::durability::{SyncDone, Syncs, run_syncer};
 use crate::error::{Error, Result};
 use crate::grace::Grace;
 use crate::journal::Journal;
@@ -194,6 +195,7 @@ impl Pool {
             keeper_bell: Bell::default(),
             scrub_bell: Bell::default(),
             commit_bell: Bell::default(),
+            syncs: Syncs::default(),
             checkpoint_at: AtomicU64::new(u64::MAX),
             checkpoints: AtomicU64::new(0),
             closing: AtomicBool::new(false),
@@ -258,6 +260,7 @@ impl Pool {
                 self.core.keeper_bell.ring();
                 self.core.scrub_bell.ring();
                 self.core.commit_bell.ring();
+                self.core.syncs.bell.ring();
                 let dead = || Error::Busy { what: "a background thread died; the pool".to_owned() };
                 let results: Vec<_> = others.into_iter().map(JoinHandle::join).collect();
                 let are_well = results.iter().all(std::result::Result::is_ok);
@@ -414,6 +417,26 @@ impl Pool {
         })
     }
 
+    /// Makes everything durable that was acknowledged before this call, of every vSSD and whichever lane carried it, then
+    /// calls `done`: a FLUSH for the whole pool. It returns at once, and requests go on meanwhile. What has nothing to be made
+    /// durable costs no flush of a medium. After a failure nothing is acknowledged any more, nor is a flush.
+    pub fn sync(&self, done: SyncDone) {
+        let Err(done) = self.core.syncs.ask(done) else { return };
+        let has_syncer = self.core.has_threads && !self.core.read_only;
+        done(if has_syncer {
+            Err(Error::Busy { what: "the pool".to_owned() })
+        } else {
+            self.core.make_durable()
+        });
+    }
+
+    /// [`Pool::sync`] that waits.
+    pub fn sync_wait(&self) -> Result<()> {
+        let (reply, answer) = sync_channel(1);
+        self.sync(Box::new(move |result| drop(reply.send(result))));
+        answer.recv().unwrap_or_else(|_| Err(Error::Busy { what: "the pool".to_owned() }))
+    }
+
     /// I/O for one worker thread. There may be 64 at a time.
     pub fn lane(&self) -> Result<Lane> {
         Lane::new(Arc::clone(&self.core))
@@ -515,6 +538,13 @@ fn start(core: &Arc<Core>, keeper: Keeper, on_start: Option<&ThreadStart>) -> Re
         };
         others.push(thread("vssd-journal").spawn(commit).map_err(spawn_error)?);
     }
+    let (sync_core, begin_sync) = (Arc::clone(core), begin(PoolThread::Syncer));
+    core.syncs.open();
+    let sync = move || {
+        begin_sync();
+        run_syncer(&sync_core);
+    };
+    others.push(thread("vssd-sync").spawn(sync).map_err(spawn_error)?);
     let (last, others_ended) = sync_channel(1);
     let (keeper_core, begin_keeper) = (Arc::clone(core), begin(PoolThread::Keeper));
     let keep = move || {
@@ -607,7 +637,41 @@ fn open_stores(media: &[MediumPath], read_only: bool) -> Result<Vec<Arc<dyn Stor
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{IoError, MediumSpec, Submitted};
+    use crate::types::{IoError, MediumSpec, Persistence, Submitted};
+
+    /// A copy that a lane has put off is not on the medium yet, so no flush of another may take it for covered.
+    #[test]
+    fn flush_beside_an_open_batch_does_not_count_its_copies_as_durable() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut spec = MediumSpec::new(MediumKind::Nvram, dir.path().join("nvram"), Some(8 << 20));
+        spec.persistence = Persistence::Msync;
+        let mut create = CreateOptions::new("pool", vec![spec]);
+        create.block_size = BlockSize::new(4096).unwrap();
+        Pool::create(&create).unwrap();
+        let mut options = OpenOptions::new([&create.media[0].path]);
+        options.media[0].persistence = Persistence::Msync;
+        let pool = Pool::open(&options).unwrap();
+        let attrs = VssdAttrs::default();
+        let vssd = pool
+            .create_vssd(&VssdSpec { name: "a".to_owned(), max_blocks: 8, initial_blocks: 8, attrs })
+            .unwrap();
+        let (mut lane, mut other) = (pool.lane().unwrap(), pool.lane().unwrap());
+        let mut bytes = vec![1u8; 4096];
+        let iov = [libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }];
+        for first in [true, false] {
+            lane.begin_batch();
+            // SAFETY: `bytes` outlives the batch.
+            assert_eq!(unsafe { lane.write(&vssd, 0, &iov, 1) }, Submitted::Done(Ok(())));
+            if other.flush(&vssd, 2) == Submitted::Pending {
+                other.drain(&mut |_, result| assert_eq!(result, Ok(())));
+            }
+            pool.sync_wait().unwrap();
+            assert!(lane.end_batch());
+            assert!(pool.core.unsynced(MediumKind::Nvram).is_some(), "first: {first}");
+            pool.sync_wait().unwrap();
+            assert!(pool.core.unsynced(MediumKind::Nvram).is_none());
+        }
+    }
 
     /// The kernel reports a failed write-back to one of those who flush the same file at the same time.
     #[test]

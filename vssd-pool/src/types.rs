@@ -147,6 +147,7 @@ pub enum PoolThread {
     Keeper,
     Committer,
     Scrubber,
+    Syncer,
 }
 
 /// Called by each thread of a pool, once, when it begins. Every file is open by then.

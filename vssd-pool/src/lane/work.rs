@@ -167,10 +167,7 @@ impl Work {
         let request = self.open_request(token, None);
         for kind in MediumKind::ALL {
             let Some(medium) = &core.media[kind.index()] else { continue };
-            let writes = core.writes_on(kind);
-            if writes == core.synced[kind.index()].load(Ordering::Acquire) {
-                continue;
-            }
+            let Some(writes) = core.unsynced(kind) else { continue };
             if medium.store.ring().is_some() {
                 match self.ring(core) {
                     Ok(_) => {
@@ -180,12 +177,10 @@ impl Work {
                     Err(error) => self.requests[request as usize].result = Err(error),
                 }
             } else {
-                match medium.store.sync() {
-                    Ok(()) => drop(core.synced[kind.index()].fetch_max(writes, Ordering::AcqRel)),
-                    Err(error) => {
-                        core.journal.fail(&error);
-                        self.requests[request as usize].result = Err(errno(&error));
-                    }
+                let synced = medium.store.sync();
+                core.note_sync(kind, writes, synced.as_ref().map(|()| ()));
+                if let Err(error) = synced {
+                    self.requests[request as usize].result = Err(errno(&error));
                 }
             }
         }
@@ -476,11 +471,10 @@ impl Work {
     }
 
     fn synced(&mut self, core: &Core, kind: MediumKind, writes: u64, result: Outcome) {
-        match result {
-            Ok(()) => drop(core.synced[kind.index()].fetch_max(writes, Ordering::AcqRel)),
-            Err(IoError::Io(errno)) => core.journal.fail(&std::io::Error::from_raw_os_error(errno)),
-            Err(_) => core.journal.fail(&std::io::Error::from_raw_os_error(libc::EIO)),
-        }
+        let error = result.err().map(|error| {
+            std::io::Error::from_raw_os_error(if let IoError::Io(errno) = error { errno } else { libc::EIO })
+        });
+        core.note_sync(kind, writes, error.as_ref().map_or(Ok(()), Err));
         let mut group = std::mem::take(&mut self.syncs[kind.index()]);
         group.end(result, |request| {
             if result.is_err() {

@@ -104,7 +104,9 @@ pub(crate) enum Action {
         name: &'static str,
         range: BlockRange,
     },
-    /// The pool was closed in order, which makes everything durable.
+    /// An operator had everything made durable.
+    Sync,
+    /// The pool was closed in order, which makes everything durable, too.
     Close,
     /// Nothing a guest could see: checkpoints, scrubbing, attributes, the end of the process.
     Other,
@@ -141,14 +143,14 @@ impl Model {
                 }
             }
             Action::Flush { name } if certain => self.disk(name).settle(),
-            Action::Close if certain => self.settle(),
+            Action::Sync | Action::Close if certain => self.settle(),
             Action::Plug { name, range } => self.resize(name, range, true, certain),
             Action::Unplug { name, range } => self.resize(name, range, false, certain),
-            Action::Flush { .. } | Action::Close | Action::Other => {}
+            Action::Flush { .. } | Action::Sync | Action::Close | Action::Other => {}
         }
     }
 
-    /// Nothing that was answered can be lost: the pool was closed, or only the process ends and not the power.
+    /// Nothing that was answered can be lost: the pool was synced or closed, or only the process ends and not the power.
     pub(crate) fn settle(&mut self) {
         self.disks.values_mut().for_each(Disk::settle);
     }

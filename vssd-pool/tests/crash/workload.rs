@@ -23,6 +23,7 @@ pub(crate) enum Kind {
     Allocate,
     Write,
     Flush,
+    Sync,
     Discard,
     WriteZeroes,
     Plug,
@@ -35,13 +36,14 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 15] = [
+    pub(crate) const ALL: [Self; 16] = [
         Self::Create,
         Self::Delete,
         Self::Extend,
         Self::Allocate,
         Self::Write,
         Self::Flush,
+        Self::Sync,
         Self::Discard,
         Self::WriteZeroes,
         Self::Plug,
@@ -158,6 +160,7 @@ impl Run {
                 pool.run_background();
                 return (Kind::Scrub, Action::Other, true);
             }
+            11..15 => return (Kind::Sync, Action::Sync, pool.sync_wait().is_ok()),
             8 => {
                 let certain = pool.close().is_ok();
                 drop(pool);
