@@ -193,6 +193,7 @@ fn confine_pool(sandbox: &Sandbox) -> ThreadStart {
             PoolThread::Keeper => Thread::Keeper,
             PoolThread::Committer => Thread::Committer,
             PoolThread::Scrubber => Thread::Scrubber,
+            PoolThread::Syncer => Thread::Syncer,
         });
     })
 }

@@ -220,6 +220,7 @@ pub mod method {
     pub const DEVICE_RESIZE: &str = "device.resize";
     pub const DEVICE_LIMITS: &str = "device.limits";
     pub const DEVICE_RECLAIM: &str = "device.reclaim";
+    pub const DEVICE_SYNC: &str = "device.sync";
     pub const JOB_LIST: &str = "job.list";
     pub const JOB_SHOW: &str = "job.show";
     pub const JOB_WAIT: &str = "job.wait";
@@ -507,6 +508,23 @@ pub struct ReclaimAnswer {
     pub plan: String,
 }
 
+/// `device.sync`: makes durable what vSSDs have acknowledged before the call, flushed or not. Answered when it is: [`SyncAnswer`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SyncParams {
+    /// Of these vSSDs, or of all if there are none.
+    #[serde(default)]
+    pub names: Vec<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SyncAnswer {
+    /// How many vSSDs were meant.
+    pub devices: u32,
+    /// From the call to the end, as the daemon saw it.
+    pub took_us: u64,
+}
+
 /// `device.create`. Answer: [`DeviceInfo`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -735,7 +753,7 @@ pub struct Subscribed {
     pub seq: u64,
 }
 
-/// Parameters of an `event` notification. Names: `device.created|deleted|connected|disconnected|driver`,
+/// Parameters of an `event` notification. Names: `device.created|deleted|connected|disconnected|driver|synced`,
 /// `shrink.requested|progress|done|partial|refused|expired|forced|cancelled`, `grow.*` likewise,
 /// `guest.inactive|uncooperative|pull|pressure`, `pool.low|ok|full|failed`, `events.lost`.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -20,6 +20,8 @@ pub mod negotiation;
 pub mod reclaim;
 pub mod server;
 #[cfg(test)]
+mod sync_tests;
+#[cfg(test)]
 pub(crate) mod testkit;
 #[cfg(test)]
 mod tests;

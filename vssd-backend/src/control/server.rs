@@ -19,17 +19,18 @@ use rustix::net::{SocketFlags, accept_with};
 use serde_json::Value;
 use tracing::{debug, info, warn};
 use vssd_pool::Pool;
-use vssd_protocol::control::ErrorCode;
+use vssd_protocol::control::{ErrorCode, SyncAnswer};
 
+use super::fault::Fault;
 use super::negotiation::Actor;
-use super::verbs::{self, Outcome};
+use super::verbs::{self, Awaited, Outcome};
 use crate::device::owner::{Owner, OwnerError};
 use crate::device::{DeviceEvent, Frontends};
 use crate::sandbox::refusals::Refusals;
 
 /// Clients at a time on each socket: whoever may only watch cannot keep operators out.
 pub const MAX_SESSIONS: usize = 256;
-/// Calls of `job.wait` in one connection.
+/// Calls of one connection that wait for something.
 const MAX_WAITS: usize = 64;
 /// Requests that one client is served before it is the next one's turn.
 const TURN: usize = 8;
@@ -46,13 +47,25 @@ const SHUTDOWN: u64 = 4;
 const REFUSALS: u64 = 5;
 const FIRST_SESSION: u64 = 16;
 
-/// A `job.wait` that is not answered yet.
+/// A call that is not answered yet.
 #[derive(Debug)]
 struct Waiting {
     id: Value,
-    job: u64,
-    until_ms: u64,
+    what: Awaited,
 }
+
+impl Waiting {
+    /// When it is answered at the latest.
+    fn until_ms(&self) -> Option<u64> {
+        match self.what {
+            Awaited::Job { until_ms, .. } => Some(until_ms),
+            Awaited::Sync { .. } => None,
+        }
+    }
+}
+
+/// The ends of syncs, by ticket.
+type Synced = HashMap<u64, Result<SyncAnswer, Fault>>;
 
 /// A client, and what it waits for.
 #[derive(Debug)]
@@ -214,8 +227,10 @@ impl Server {
         self.owner.run();
         self.serve_clients();
         self.owner.run();
+        // It has its events, so before they are offered.
+        let synced = self.owner.take_synced().into_iter().collect();
         self.offer_events();
-        self.answer_waits();
+        self.answer_waits(synced);
         for token in std::mem::take(&mut self.to_flush) {
             self.settle(token);
         }
@@ -225,7 +240,8 @@ impl Server {
         if !self.unfinished.is_empty() {
             return Some(Timespec { tv_sec: 0, tv_nsec: 0 });
         }
-        let waits = self.clients.values().flat_map(|client| &client.waits).map(|wait| wait.until_ms).min();
+        let waits =
+            self.clients.values().flat_map(|client| &client.waits).filter_map(Waiting::until_ms).min();
         let at = [self.owner.wake_at(), waits, self.accept_again_ms].into_iter().flatten().min()?;
         let ms = at.saturating_sub(self.owner.clock().now_ms());
         // A moment too late rather than too early: the clock counts whole milliseconds.
@@ -343,10 +359,10 @@ impl Server {
             match outcome {
                 Outcome::Answer(answer) => session.send(&answer),
                 Outcome::Wait { id, .. } if waits.len() >= MAX_WAITS => {
-                    let message = format!("{MAX_WAITS} calls wait for jobs already");
+                    let message = format!("{MAX_WAITS} calls wait already");
                     session.send(&rpc::refusal(&id, ErrorCode::TooLarge, &message));
                 }
-                Outcome::Wait { id, job, until_ms } => waits.push(Waiting { id, job, until_ms }),
+                Outcome::Wait { id, what } => waits.push(Waiting { id, what }),
                 Outcome::Subscribe { answer, filter, since } => {
                     session.send(&answer);
                     // What has happened so far is the past for this client: it is offered here or not at all.
@@ -381,14 +397,24 @@ impl Server {
         self.told = log.newest();
     }
 
-    fn answer_waits(&mut self) {
+    fn answer_waits(&mut self, mut synced: Synced) {
         let changed = self.owner.jobs().take_changed();
         let now = self.owner.clock().now_ms();
         for (token, Client { session, waits }) in &mut self.clients {
-            let due = waits.extract_if(.., |wait| wait.until_ms <= now || changed.contains(&wait.job));
-            let due: Vec<Waiting> = due.collect();
-            for wait in due {
-                session.send(&verbs::waited(&self.owner, &wait.id, wait.job));
+            let is_due = |wait: &mut Waiting| match wait.what {
+                Awaited::Job { job, until_ms } => until_ms <= now || changed.contains(&job),
+                Awaited::Sync { ticket } => synced.contains_key(&ticket),
+            };
+            let due: Vec<Waiting> = waits.extract_if(.., is_due).collect();
+            for Waiting { id, what } in due {
+                let answer = match what {
+                    Awaited::Job { job, .. } => verbs::waited(&self.owner, &id, job),
+                    Awaited::Sync { ticket } => match synced.remove(&ticket) {
+                        Some(result) => verbs::synced(&id, result),
+                        None => continue,
+                    },
+                };
+                session.send(&answer);
                 self.to_flush.insert(*token);
             }
         }
@@ -434,8 +460,9 @@ impl Server {
         info!(clients = self.clients.len(), "control loop ends");
         self.owner.run();
         self.owner.shut_down();
+        let synced = self.owner.take_synced().into_iter().collect();
         self.offer_events();
-        self.answer_waits();
+        self.answer_waits(synced);
         for Client { session, .. } in self.clients.values_mut() {
             let _ = session.flush(0);
         }

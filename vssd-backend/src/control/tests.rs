@@ -42,8 +42,8 @@ fn ended(client: &mut Client, job: &Value) -> Value {
     }
 }
 
-/// Writes one block of data.
-fn write_block(daemon: &Daemon, name: &str, block: u64) {
+/// Writes to one block.
+pub(super) fn write_block(daemon: &Daemon, name: &str, block: u64) {
     let vssd = daemon.pool.vssd_by_name(name).unwrap();
     let mut lane = daemon.pool.lane().unwrap();
     let data = [0x5a_u8; 4096];
@@ -221,7 +221,9 @@ fn monitor_socket_reads_but_refuses_every_change() {
     let daemon = Daemon::start(&disks);
     daemon.create("vm1", MIB, MIB);
     let mut watcher = daemon.watcher();
-    for method in ["device.create", "device.delete", "device.resize", "device.limits", "job.cancel"] {
+    for method in
+        ["device.create", "device.delete", "device.resize", "device.limits", "device.sync", "job.cancel"]
+    {
         // Refused before its parameters are looked at.
         watcher.fails_with(ErrorCode::Permission, method, json!({ "name": "vm1", "nonsense": 1 }));
     }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use vssd_protocol::control::{
     DeviceList, ErrorCode, EvictedParams, HelloParams, JobList, JobParams, JobWaitParams, NameParams, SCHEMA,
-    ServerInfo, SubscribeParams, method,
+    ServerInfo, SubscribeParams, SyncAnswer, method,
 };
 
 use super::fault::Fault;
@@ -17,13 +17,23 @@ use crate::device::owner::Owner;
 
 /// Longest time that `job.wait` may take.
 const MAX_WAIT_MS: u64 = 60_000;
+
+/// What an answer waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaited {
+    /// That the job changes, until `until_ms`.
+    Job { job: u64, until_ms: u64 },
+    /// That a sync ends.
+    Sync { ticket: u64 },
+}
+
 /// What a line comes to.
 #[derive(Debug)]
 pub(super) enum Outcome {
     /// The answer, with its newline.
     Answer(String),
-    /// Answer when the job changes or at `until_ms`.
-    Wait { id: Value, job: u64, until_ms: u64 },
+    /// Answer when it has come.
+    Wait { id: Value, what: Awaited },
     /// Answer, then events.
     Subscribe { answer: String, filter: Vec<String>, since: u64 },
 }
@@ -38,6 +48,14 @@ pub(super) fn handle(owner: &mut Owner, door: Door, actor: Actor, line: &[u8]) -
     match dispatch(owner, door, actor, call) {
         Ok(outcome) => outcome,
         Err(fault) => Outcome::Answer(failure(&id, fault)),
+    }
+}
+
+/// The answer to a `device.sync`.
+pub(super) fn synced(id: &Value, result: Result<SyncAnswer, Fault>) -> String {
+    match result {
+        Ok(answer) => success(id, &answer),
+        Err(fault) => failure(id, fault),
     }
 }
 
@@ -85,6 +103,10 @@ fn dispatch(owner: &mut Owner, door: Door, actor: Actor, call: Call) -> Result<O
         }
         method::DEVICE_RECLAIM => success(&id, &owner.wish_reclaim(&read(params)?, actor)?),
         method::DEVICE_LIMITS => success(&id, &owner.limits(&read(params)?, actor)?),
+        method::DEVICE_SYNC => {
+            let ticket = owner.sync(read(params)?, actor)?;
+            return Ok(Outcome::Wait { id, what: Awaited::Sync { ticket } });
+        }
         method::JOB_LIST => {
             nothing(params)?;
             success(&id, &JobList { jobs: owner.job_list() })
@@ -106,7 +128,7 @@ fn dispatch(owner: &mut Owner, door: Door, actor: Actor, call: Call) -> Result<O
             let info = owner.job(job)?;
             if !info.state.is_final() && timeout_ms > 0 {
                 let until_ms = owner.clock().now_ms() + timeout_ms;
-                return Ok(Outcome::Wait { id, job, until_ms });
+                return Ok(Outcome::Wait { id, what: Awaited::Job { job, until_ms } });
             }
             success(&id, &info)
         }
@@ -134,6 +156,7 @@ fn is_known(method: &str) -> bool {
                 | method::DEVICE_RESIZE
                 | method::DEVICE_LIMITS
                 | method::DEVICE_RECLAIM
+                | method::DEVICE_SYNC
                 | method::JOB_CANCEL
         )
 }

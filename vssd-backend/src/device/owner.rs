@@ -43,9 +43,11 @@ mod alarm;
 mod operator;
 mod pick;
 mod stored;
+mod sync;
 
 use alarm::Alarm;
 use stored::{Deadline, Stored};
+use sync::Syncs;
 
 /// Most ranges in one STATE answer, however large the guest's buffer is.
 const MAX_STATE_RANGES: usize = 65_536;
@@ -101,6 +103,7 @@ pub struct Owner {
     done: mpsc::Sender<Completion>,
     completions: mpsc::Receiver<Completion>,
     done_wake: Arc<OwnedFd>,
+    syncs: Syncs,
     /// Capacities to be published once the events at hand are done with.
     capacities: BTreeSet<VssdId>,
     next_reply: u64,
@@ -141,6 +144,7 @@ impl Owner {
             done,
             completions,
             done_wake: Arc::new(wake),
+            syncs: Syncs::new(),
             capacities: BTreeSet::new(),
             next_reply: 0,
             max_ranges: guest::MAX_RANGES,
@@ -167,7 +171,7 @@ impl Owner {
         }
     }
 
-    /// Readable while pool operations have ended that [`Owner::run`] has not seen.
+    /// Readable while pool operations have ended that [`Owner::run`] or [`Owner::take_synced`] has not seen.
     pub fn completion_wake(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.done_wake)
     }

@@ -33,6 +33,7 @@ pub enum Thread {
     Keeper,
     Committer,
     Scrubber,
+    Syncer,
 }
 
 /// A call: its number, and the name of its constant.
@@ -112,7 +113,7 @@ const OTHERS: &[Call] = calls![
 ];
 
 impl Thread {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Control,
         Self::Signals,
         Self::Nursery,
@@ -122,6 +123,7 @@ impl Thread {
         Self::Keeper,
         Self::Committer,
         Self::Scrubber,
+        Self::Syncer,
     ];
 
     pub fn name(self) -> &'static str {
@@ -135,6 +137,7 @@ impl Thread {
             Self::Keeper => "keeper",
             Self::Committer => "committer",
             Self::Scrubber => "scrubber",
+            Self::Syncer => "syncer",
         }
     }
 
@@ -149,7 +152,7 @@ impl Thread {
             Self::Session => &[MESSAGES],
             Self::Worker => &[RINGS, MEDIA, ZEROING],
             Self::Keeper => &[KEEPING, GRACE, MEDIA],
-            Self::Committer => &[MEDIA],
+            Self::Committer | Self::Syncer => &[MEDIA],
             Self::Scrubber => &[ZEROING, GRACE, MEDIA],
         }
     }

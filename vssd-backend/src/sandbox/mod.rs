@@ -28,6 +28,7 @@
 //! | keeper | 26 | the pool's metadata |
 //! | committer | 23 | the pool's journal |
 //! | scrubber | 26 | zeroes blocks |
+//! | syncer | 23 | the pool's media and journal, for operators |
 //!
 //! A thread inherits the filters of the one that starts it. Threads that are started while the daemon serves are therefore
 //! started by one of their own ([`Nursery`](crate::nursery::Nursery)), and not by the control loop, whose list would have to

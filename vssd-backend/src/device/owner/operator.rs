@@ -400,7 +400,7 @@ impl Owner {
         self.alarm.soon(self.clock.now_ms());
     }
 
-    fn pool_fault(&self, error: &vssd_pool::Error) -> Fault {
+    pub(super) fn pool_fault(&self, error: &vssd_pool::Error) -> Fault {
         if matches!(error, vssd_pool::Error::Io { .. } | vssd_pool::Error::Damaged { .. }) {
             error!(%error, "the pool failed");
         }
