@@ -125,6 +125,15 @@ pub(crate) enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Make durable what the guests of vSSDs were told is written, whether they flushed it or not
+    ///
+    /// For whoever saves whole virtual machines before the power goes: stop them first, then sync. Guests that run go on
+    /// meanwhile, and what is written later is not covered.
+    Sync {
+        /// Names of the vSSDs [default: all]
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+    },
     /// Show or change the limits and policies of a vSSD
     Limits(LimitsArgs),
     /// List the blocks that a vSSD does not have at present

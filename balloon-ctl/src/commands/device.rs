@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `list`, `show`, `create`, `delete`, `limits`, `estimate` and `evicted`.
+//! `list`, `show`, `create`, `delete`, `sync`, `limits`, `estimate` and `evicted`.
 
 use std::cmp::Reverse;
 
@@ -10,7 +10,7 @@ use control_client::{
 use serde_json::Value;
 use vssd_protocol::control::{
     CreateParams, DeleteParams, DeviceInfo, DeviceList, DriverKind, EstimateAnswer, EvictedParams,
-    EvictedRanges, LimitsParams, NameParams, method,
+    EvictedRanges, LimitsParams, NameParams, SyncAnswer, SyncParams, method,
 };
 
 use crate::args::{CreateArgs, LimitsArgs, SortKey};
@@ -154,6 +154,23 @@ pub(super) fn delete(session: &Session, name: String, force: bool, yes: bool, dr
         ]);
     }
     out.done(&if dry_run { format!("{name} could be deleted") } else { format!("{name} deleted") })
+}
+
+/// Of all vSSDs if there are no names.
+pub(super) fn sync(session: &Session, names: Vec<String>) -> Result<()> {
+    let what = match &names[..] {
+        [one] => Some(one.clone()),
+        _ => None,
+    };
+    let answer: Answer<SyncAnswer> = session.connect()?.call(method::DEVICE_SYNC, &SyncParams { names })?;
+    let out = &session.out;
+    if out.json {
+        return out.object([("sync", answer.raw)]);
+    }
+    let SyncAnswer { devices, took_us } = answer.typed;
+    let what = what.unwrap_or_else(|| format!("{devices} vSSD{}", if devices == 1 { "" } else { "s" }));
+    let took = std::time::Duration::from_micros(took_us);
+    out.done(&format!("{what}: all that was acknowledged is durable, in {took:.1?}"))
 }
 
 pub(super) fn limits(session: &Session, args: LimitsArgs) -> Result<()> {

@@ -32,6 +32,7 @@ pub(crate) fn run(session: &Session, command: Command) -> Result<()> {
         Command::Reclaim { name, size, deadline, no_wait, dry_run, .. } => {
             reclaim::run(session, &name, size, &reclaim::Options { deadline, no_wait, dry_run })?;
         }
+        Command::Sync { names } => device::sync(session, names)?,
         Command::Limits(args) => device::limits(session, args)?,
         Command::Evicted { name } => device::evicted(session, name)?,
         Command::Jobs => job::list(session)?,

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! `list`, `show`, `create`, `delete`, `limits`, `evicted`, `attach-info`.
+//! `list`, `show`, `create`, `delete`, `sync`, `limits`, `evicted`, `attach-info`.
 
 use serde_json::{Value, json};
 
 use crate::fixtures::{GIB, vm1, vm2, vm3, with};
-use crate::peer::{Step, alone, ctl, ok};
+use crate::peer::{Step, alone, ctl, ok, refuse};
 
 fn list() -> Vec<Step> {
     vec![ok("device.list", json!({}), json!({"devices": [vm3(), vm1(), vm2()]}))]
@@ -463,5 +463,29 @@ fn attach_info_takes_queues_and_memory_and_has_json() {
     assert_eq!(object["notes"].as_array().unwrap().len(), 4);
     for queues in ["0", "257"] {
         assert_eq!(alone(&["attach-info", "vm1-data", "--for", "qemu", "--queues", queues]).code, 2);
+    }
+}
+
+#[test]
+fn sync_of_one_some_and_all_says_how_long_it_took() {
+    let synced = |names: &[&str], devices: u32| {
+        vec![ok("device.sync", json!({"names": names}), json!({"devices": devices, "took_us": 1234}))]
+    };
+    for (args, devices, said) in [
+        (&["sync", "vm2-db"][..], 1, "vm2-db: all that was acknowledged is durable, in 1.2ms\n"),
+        (&["sync", "vm1-data", "vm2-db"], 2, "2 vSSDs: all that was acknowledged is durable, in 1.2ms\n"),
+        (&["sync"], 3, "3 vSSDs: all that was acknowledged is durable, in 1.2ms\n"),
+    ] {
+        assert_eq!(ctl(synced(&args[1..], devices), args).printed(), said);
+    }
+    assert_eq!(ctl(synced(&[], 3), &["sync", "--quiet"]).printed(), "");
+    assert_eq!(
+        ctl(synced(&[], 3), &["sync", "--json"]).json(),
+        json!({"schema": "vssd.v1", "sync": {"devices": 3, "took_us": 1234}})
+    );
+    for (code, exit) in [("E_NOT_FOUND", 3), ("E_MEDIA", 1), ("E_PERMISSION", 8)] {
+        let steps = vec![refuse("device.sync", json!({"names": ["vm9"]}), code, "not done", None)];
+        let outcome = ctl(steps, &["sync", "vm9"]);
+        assert_eq!((outcome.code, &outcome.stdout[..]), (exit, ""), "{outcome:?}");
     }
 }

@@ -173,6 +173,7 @@ fn man_writes_a_page_for_each_command() {
             "balloon-ctl-rpc.1",
             "balloon-ctl-show.1",
             "balloon-ctl-shrink.1",
+            "balloon-ctl-sync.1",
             "balloon-ctl-version.1",
             "balloon-ctl.1",
         ]
