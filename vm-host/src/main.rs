@@ -44,12 +44,15 @@ fn serve(path: &Path) -> ExitCode {
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let (code, exit, hint) = match &error {
-                DaemonError::Config(_) => ("E_CONFIG", Exit::Usage, None),
-                DaemonError::Host(fault) => (fault.code.as_str(), Exit::Failed, fault.hint.as_deref()),
-                _ => ("E_DAEMON", Exit::Failed, None),
+            let (code, exit) = match &error {
+                DaemonError::Config(_) => ("E_CONFIG", Exit::Usage),
+                DaemonError::Host(fault) => {
+                    print_error(fault.code.as_str(), &fault.message, fault.hint.as_deref());
+                    return Exit::Failed.into();
+                }
+                _ => ("E_DAEMON", Exit::Failed),
             };
-            print_error(code, &chain(&error), hint);
+            print_error(code, &chain(&error), None);
             exit.into()
         }
     }

@@ -119,7 +119,7 @@ impl Service for Words {
                 "state": "on_battery", "since_ms": 1, "for_ms": 90_000, "reason": { "reason": "on-battery", "source": 0 },
                 "on_battery_since_ms": 1, "shutdown_planned": false, "testing": true, "needed_ms": 3,
                 "delays_shutdown": true, "last_save_us": null,
-                "sources": [{ "name": "ups", "kind": "nut", "state": "online", "error": "silent" }],
+                "sources": [{ "name": "ups", "kind": "nut", "state": { "kind": "on-battery", "left_ms": 7 }, "error": "silent" }],
                 "plan": { "vms": [{
                     "name": "db", "priority": 5, "measured": true, "steps": {}, "begins_us": 2000, "ends_us": 5340,
                     "fits": false
@@ -292,7 +292,13 @@ fn media_and_power_are_shown() {
     assert!(ended.out.contains("would be lost") && ended.out.contains("use DAX"), "{ended:?}");
     assert_eq!(daemon.heard(), ["probe /x true"]);
     let ended = daemon.run(&["power", "status"]);
-    for words in ["on battery for 90 s", "NOT ALL IN TIME: after 5.3 ms of 5.0 ms", "silent", "NO"] {
+    for words in [
+        "on battery for 90 s",
+        "NOT ALL IN TIME: after 5.3 ms of 5.0 ms",
+        "on-battery, left_ms=7",
+        "silent",
+        "NO",
+    ] {
         assert!(ended.out.contains(words), "{words}: {ended:?}");
     }
     assert_eq!(daemon.run(&["power", "test", "on-battery"]).code, 0);

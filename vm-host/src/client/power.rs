@@ -2,7 +2,7 @@
 
 //! `power status` and `power test`.
 
-use control_client::{Answer, Millis, NOTHING, Result, Session, event_details, word};
+use control_client::{Answer, Millis, NOTHING, Output, Result, Session, event_details, word};
 use serde_json::{Value, json};
 use vm_host::wire::{PowerInfo, PowerTestParams, SourceInfo, Stage, method};
 
@@ -49,7 +49,12 @@ pub(super) fn status(session: &Session) -> Result<()> {
         let rows = sources.iter().map(|source| {
             let more = [source.error.as_deref(), source.detail.as_deref()].into_iter().flatten();
             let more: Vec<&str> = more.collect();
-            [source.name.clone(), source.kind.clone(), last_word(source), or_nothing(Some(more.join("; ")))]
+            [
+                source.name.clone(),
+                source.kind.clone(),
+                last_word(out, source),
+                or_nothing(Some(more.join("; "))),
+            ]
         });
         out.table(["SOURCE", "KIND", "SAYS", "MORE"], rows)?;
     }
@@ -85,12 +90,13 @@ pub(super) fn test(session: &Session, stage: Stage) -> Result<()> {
     out.done(&format!("{}: {what}; `vm-host power status` shows how it goes", word(&stage)))
 }
 
-/// A state is a word, or an object with one.
-fn last_word(source: &SourceInfo) -> String {
-    match &source.state {
-        None => NOTHING.to_owned(),
-        Some(Value::String(word)) => word.clone(),
-        Some(Value::Object(object)) if object.len() == 1 => object.keys().cloned().collect(),
-        Some(other) => other.to_string(),
-    }
+/// `on-battery, left_ms=600000`: a state is an object with its kind and what more it says.
+fn last_word(out: &Output, source: &SourceInfo) -> String {
+    let Some(Value::Object(mut state)) = source.state.clone() else { return NOTHING.to_owned() };
+    let kind = match state.remove("kind") {
+        Some(Value::String(kind)) => kind,
+        _ => NOTHING.to_owned(),
+    };
+    let more = event_details(out, &Value::Object(state));
+    if more.is_empty() { kind } else { format!("{kind}, {more}") }
 }
