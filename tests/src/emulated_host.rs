@@ -116,6 +116,7 @@ impl EmulatedHost {
         let machine = Qemu::new(qemu, image)
             .accel(Accel::Tcg)
             .cpu(CPU)
+            .vcpus(1)
             .memory_mib(MEMORY_MIB)
             .nvdimm(&scratch.join("nvram"), nvram_mib);
         Ok(Self { machine, running: None, _scratch: scratch })

@@ -3,15 +3,19 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use vssd_tests::emulated_host::{EmulatedHost, NVRAM};
 use vssd_tests::image::ImageBuilder;
 use vssd_tests::kernel::Kernel;
 use vssd_tests::qemu::{CMDLINE, QemuBinary};
 use vssd_tests::report::Report;
+use vssd_tests::scenario::find;
 use vssd_tests::serial::guest_slot;
 use vssd_tests::wire::PORT_NAME;
 
+/// Past the guest's page cache.
+const READ_BLOCKS: &str = "dd if=/dev/vda bs=64k count=128 iflag=direct 2>/dev/null | sha256sum";
 const NAMES: [&str; 2] = ["left", "right"];
 
 fn config() -> String {
@@ -25,7 +29,7 @@ fn config() -> String {
 
 fn definition(name: &str, other: &str, at: usize) -> String {
     format!(
-        "name = '{name}'\nmemory = '192MiB'\nnvram = 'nv0'\naccel = 'kvm'\nmachine = 'pc-i440fx-7.2'\n\
+        "name = '{name}'\nmemory = '256MiB'\nnvram = 'nv0'\naccel = 'kvm'\nmachine = 'pc-i440fx-7.2'\n\
          kernel = '/guests/small/kernel'\ninitrd = '/guests/small/initramfs'\ncmdline = '{CMDLINE} nokaslr'\n\
          extra = ['-device', 'virtio-serial-pci,id=vser', '-chardev', 'socket,id=agent0,path=/run/{name}.agent,server=on,wait=off', \
          '-device', 'virtserialport,bus=vser.0,chardev=agent0,name={PORT_NAME}']\n\
@@ -47,11 +51,10 @@ fn serve(host: &mut EmulatedHost) -> Result<()> {
     .map(drop)
 }
 
-fn call(host: &mut EmulatedHost, method: &str, params: &str) -> Result<serde_json::Value> {
-    let said = host.ok(&format!(
-        "balloon-ctl --socket /run/vm-host/control.sock --timeout 100s rpc {method} '{params}'"
-    ))?;
-    Ok(serde_json::from_str(&said)?)
+/// An order to the daemon, and its answer.
+fn order(host: &mut EmulatedHost, words: &str) -> Result<Value> {
+    let said = host.ok(&format!("vm-host --timeout 100s --json {words}"))?;
+    serde_json::from_str(&said).with_context(|| format!("{words}: {said:?}"))
 }
 
 fn run(host: &mut EmulatedHost, guest: &str, command: &str) -> Result<String> {
@@ -87,10 +90,10 @@ fn guests_run_on_after_a_power_cut() -> Result<()> {
     for (at, name) in NAMES.iter().enumerate() {
         host.ok(&format!("balloon-ctl --socket /run/vssd/control.sock create disk{at} --size 32M"))?;
         let text = definition(name, NAMES[1 - at], at);
-        let params = serde_json::json!({ "definition": text });
-        call(&mut host, "vm.define", &params.to_string().replace('\'', r"'\''"))?;
+        host.running()?.write_file(&format!("/run/{name}.toml"), text.as_bytes())?;
+        order(&mut host, &format!("define /run/{name}.toml"))?;
         let begun = Instant::now();
-        call(&mut host, "vm.start", &format!("{{\"name\":\"{name}\"}}"))?;
+        order(&mut host, &format!("start {name}"))?;
         report.pass(&format!("{name} started"), format!("{:.1} s", begun.elapsed().as_secs_f64()));
     }
     let mut before = Vec::new();
@@ -112,19 +115,19 @@ fn guests_run_on_after_a_power_cut() -> Result<()> {
             name,
             "echo secret > /tmp/open; (exec 3< /tmp/open; rm /tmp/open; while ! test -e /tmp/go; do sleep 0.1; done; cat <&3 > /tmp/read) > /dev/null 2>&1 &",
         )?;
-        let memory = run(&mut host, name, "head -c 64M /dev/urandom > /tmp/data; sha256sum < /tmp/data")?;
-        // Acknowledged, and never flushed.
-        run(
+        let memory = run(
             &mut host,
             name,
-            "head -c 8M /dev/urandom > /tmp/blocks; dd if=/tmp/blocks of=/dev/vda bs=64k oflag=direct 2>/dev/null",
+            "head -c 64M /dev/urandom > /tmp/data && test $(stat -c %s /tmp/data) = 67108864 && sha256sum < /tmp/data",
         )?;
-        let disk = run(&mut host, name, "sha256sum < /tmp/blocks")?;
+        // Acknowledged, and never flushed.
+        run(&mut host, name, "dd if=/dev/urandom of=/dev/vda bs=64k count=128 oflag=direct 2>/dev/null")?;
+        let disk = run(&mut host, name, READ_BLOCKS)?;
         before.push((memory, disk));
         report.pass(&format!("{name} works"), format!("{:.1} s", begun.elapsed().as_secs_f64()));
     }
     // A connection that stays open over it.
-    run(&mut host, "left", "(tail -f /dev/null | nc -l -p 7000 > /tmp/heard) 2>/dev/null &")?;
+    run(&mut host, "left", "(tail -f /dev/null | nc -l -p 7000 > /tmp/heard) > /dev/null 2>&1 &")?;
     run(
         &mut host,
         "right",
@@ -137,32 +140,32 @@ fn guests_run_on_after_a_power_cut() -> Result<()> {
     host.ok("echo 0 > /run/power-good")?;
     let begun = Instant::now();
     let status = loop {
-        let status = call(&mut host, "power.status", "{}")?;
-        if status["state"] == "saved" {
+        let status = order(&mut host, "power status")?;
+        if find(&status, "state").is_some_and(|state| state == "saved") {
             break status;
         }
         ensure!(begun.elapsed() < Duration::from_secs(60), "{status}\n{}", host.ok("cat /run/vm-host.log")?);
     };
-    report.pass("all saved", format!("{} us; {}", status["last_save_us"], status["plan"]));
-    println!("{}", call(&mut host, "vm.list", "{}")?);
-    println!("{}", host.ok("cat /run/vm-host.log")?);
+    for name in NAMES {
+        let vm = order(&mut host, &format!("show {name}"))?;
+        let saved = find(&vm, "state").is_some_and(|state| state == "saved");
+        report.check(&format!("{name} is saved"), saved, find(&vm, "last_save").unwrap_or(&vm));
+    }
+    println!("all saved in {} us", find(&status, "last_save_us").unwrap_or(&Value::Null));
     host.power_cut()?;
 
     host.boot()?;
     host.running()?.write_file("/run/vm-host.toml", config().as_bytes())?;
     let begun = Instant::now();
     serve(&mut host)?;
-    println!("served after {:.1} s", begun.elapsed().as_secs_f64());
-    println!("{}", host.ok("cat /run/vm-host.log")?);
-    println!("{}", call(&mut host, "vm.list", "{}")?);
+    report.pass("both daemons serve again", format!("{:.1} s", begun.elapsed().as_secs_f64()));
     for (name, (memory, disk)) in NAMES.iter().zip(before) {
         report.check(
             &format!("{name}'s memory"),
             run(&mut host, name, "sha256sum < /tmp/data")? == memory,
             "",
         );
-        let blocks =
-            run(&mut host, name, "dd if=/dev/vda bs=64k count=128 iflag=direct 2>/dev/null | sha256sum")?;
+        let blocks = run(&mut host, name, READ_BLOCKS)?;
         report.check(&format!("{name}'s vSSD"), blocks == disk, "");
         let read = run(
             &mut host,

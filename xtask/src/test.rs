@@ -13,7 +13,7 @@ use crate::stages::{self, Stages, cargo, show};
 use crate::{fuzz, sabotage, schedules};
 
 /// Scenarios with guests that measure no time.
-const UNHURRIED: [&str; 11] = [
+const UNHURRIED: [&str; 13] = [
     "guest_vssd",
     "guest_agent",
     "guest_agent_only",
@@ -25,6 +25,8 @@ const UNHURRIED: [&str; 11] = [
     "demo",
     "harness",
     "host_power",
+    "host_vm",
+    "host_power_cut",
 ];
 
 #[derive(Debug, clap::Args)]
