@@ -16,6 +16,7 @@ use crate::ctl::Ctl;
 use crate::guest::Guest;
 use crate::image::{GuestImage, ImageBuilder};
 use crate::kernel::Kernel;
+use crate::mock::operator::Operator;
 use crate::paths;
 use crate::scratch::Scratch;
 use crate::wait::Deadline;
@@ -89,6 +90,11 @@ impl PoolHost {
     pub fn create(&self, name: &str, options: &[&str]) -> Result<PathBuf> {
         self.ctl.ok(&[&["create", name], options].concat())?;
         Ok(device_socket(&self.runtime, name))
+    }
+
+    /// An operator's program beside [`PoolHost::ctl`].
+    pub fn operator(&self) -> Result<Operator> {
+        Operator::connect(&control_socket(&self.runtime))
     }
 
     /// What the daemon says of a vSSD.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! Verified I/O in a guest while its disk shrinks and grows and while its daemon is killed; and how long it takes a guest to
-//! give up and take back a large disk.
+//! give up and take back a large disk. And how long it takes to stop a guest and make durable what it was told is written.
 
 use std::fs::File;
 use std::path::Path;
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use serde_json::json;
+use vssd_protocol::control::{SyncAnswer, method};
 use vssd_tests::agent::Job;
 use vssd_tests::backend::{Backend, control_socket, device_socket, pool_command};
 use vssd_tests::guest::Guest;
@@ -186,4 +187,60 @@ fn a_guest_gives_32_gib_up_and_takes_them_back_in_less_than_a_second_each() -> R
     guest.power_off()?;
     ensure!(daemon.terminate()?.success());
     daemon.expect_clean_log()
+}
+
+/// How often the guest is stopped.
+const STOPS: usize = 20;
+
+/// What whoever saves a VM does first: the processors stop, which drains the queues, and then everything that was acknowledged is
+/// made durable. The guest's I/O goes on afterwards as if nothing had happened.
+fn stop_and_sync(medium: Medium) -> Result<()> {
+    let scratch = if matches!(medium, Medium::Ssd) { Scratch::on_disk()? } else { Scratch::new()? };
+    let mut host = PoolHost::new(&scratch, medium, "300M")?;
+    let socket = host.create(NAME, &["--size", "256M"])?;
+    let mut guest = boot(QemuBinary::debian()?, &socket)?;
+    let disk = scenario::bind(&mut guest, 0)?;
+    let mut operator = host.operator()?;
+    let load = start_load(&mut guest, &disk)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let (mut stops, mut syncs, mut again) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..STOPS {
+        std::thread::sleep(Duration::from_millis(150));
+        let asked = Instant::now();
+        guest.qmp().execute("stop", json!({}))?;
+        stops.push(asked.elapsed());
+        let mut sync = || -> Result<Duration> {
+            let asked = Instant::now();
+            operator.call::<SyncAnswer>(method::DEVICE_SYNC, &json!({ "names": [NAME] }))?;
+            Ok(asked.elapsed())
+        };
+        syncs.push(sync()?);
+        again.push(sync()?);
+        guest.qmp().execute("cont", json!({}))?;
+    }
+    let rounds = end_load(&mut guest, &load)?;
+    for (what, times) in [("stop", &mut stops), ("sync", &mut syncs), ("sync again", &mut again)] {
+        times.sort_unstable();
+        println!(
+            "{medium:?}: {what} under load … median {:.2?}, longest {:.2?}",
+            times[STOPS / 2],
+            times[STOPS - 1]
+        );
+    }
+    println!("PASS {STOPS} stops under load on {medium:?} … {rounds} rounds of fio, no error");
+    guest.expect_quiet_kernel()?;
+    guest.power_off()?;
+    host.finish()
+}
+
+#[test]
+fn a_guest_stopped_and_synced_under_load_never_notices_on_nvram() -> Result<()> {
+    let _slot = guest_slot()?;
+    stop_and_sync(Medium::Nvram)
+}
+
+#[test]
+fn a_guest_stopped_and_synced_under_load_never_notices_on_an_ssd() -> Result<()> {
+    let _slot = guest_slot()?;
+    stop_and_sync(Medium::Ssd)
 }

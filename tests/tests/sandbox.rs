@@ -149,8 +149,18 @@ fn load_resizes_and_reconnects_meet_no_refusal() -> Result<()> {
 }
 
 /// The kinds of threads, as the daemon calls them.
-const KINDS: [&str; 9] =
-    ["control", "signals", "nursery", "acceptor", "session", "worker", "keeper", "committer", "scrubber"];
+const KINDS: [&str; 10] = [
+    "control",
+    "signals",
+    "nursery",
+    "acceptor",
+    "session",
+    "worker",
+    "keeper",
+    "committer",
+    "scrubber",
+    "syncer",
+];
 
 /// A daemon in which every thread of a kind tries something once it is confined. (Only a debug build can be told to.)
 fn probed(kind: &str, what: &str, scratch: &Scratch) -> Result<Backend> {
