@@ -10,6 +10,7 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 use common::*;
 use rand::rngs::StdRng;
@@ -146,11 +147,26 @@ fn everything_acknowledged_before_a_sync_is_there_after_a_power_cut_under_load()
                     }
                 });
             }
+            let mut written = 0;
             let synced = (0..60).map(|_| {
-                let before = acknowledged
-                    .iter()
-                    .map(|blocks| blocks.iter().map(|block| block.load(Ordering::Acquire)).collect())
-                    .collect();
+                // Something is written between two syncs, however few turns the workers get.
+                let end = Instant::now() + Duration::from_secs(20);
+                let before = loop {
+                    let now: Vec<Vec<u64>> = acknowledged
+                        .iter()
+                        .map(|blocks| blocks.iter().map(|block| block.load(Ordering::Acquire)).collect())
+                        .collect();
+                    let sum = now.iter().flatten().sum::<u64>();
+                    if sum >= written + 20 {
+                        written = sum;
+                        break now;
+                    }
+                    if Instant::now() > end {
+                        stop.store(true, Ordering::Relaxed);
+                        panic!("the workers stand still");
+                    }
+                    std::thread::yield_now();
+                };
                 pool.sync_wait().unwrap();
                 (sim.now(), before)
             });
