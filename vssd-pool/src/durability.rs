@@ -59,12 +59,7 @@ impl Core {
     }
 
     /// Notes how a sync ended that began when so many writes had completed.
-    pub(crate) fn note_sync(
-        &self,
-        kind: MediumKind,
-        writes: u64,
-        result: std::result::Result<(), &std::io::Error>,
-    ) {
+    pub(crate) fn note_sync(&self, kind: MediumKind, writes: u64, result: &std::io::Result<()>) {
         match result {
             Ok(()) => drop(self.synced[kind.index()].fetch_max(writes, Ordering::AcqRel)),
             Err(error) => self.journal.fail(error),
@@ -81,7 +76,7 @@ impl Core {
             let Some(medium) = &self.media[kind.index()] else { continue };
             let Some(writes) = self.unsynced(kind) else { continue };
             let synced = medium.store.sync();
-            self.note_sync(kind, writes, synced.as_ref().map(|()| ()));
+            self.note_sync(kind, writes, &synced);
             synced.map_err(|source| {
                 Error::io(format!("cannot flush {}", medium.store.path().display()), source)
             })?;

@@ -178,7 +178,7 @@ impl Work {
                 }
             } else {
                 let synced = medium.store.sync();
-                core.note_sync(kind, writes, synced.as_ref().map(|()| ()));
+                core.note_sync(kind, writes, &synced);
                 if let Err(error) = synced {
                     self.requests[request as usize].result = Err(errno(&error));
                 }
@@ -471,10 +471,10 @@ impl Work {
     }
 
     fn synced(&mut self, core: &Core, kind: MediumKind, writes: u64, result: Outcome) {
-        let error = result.err().map(|error| {
+        let synced = result.map_err(|error| {
             std::io::Error::from_raw_os_error(if let IoError::Io(errno) = error { errno } else { libc::EIO })
         });
-        core.note_sync(kind, writes, error.as_ref().map_or(Ok(()), Err));
+        core.note_sync(kind, writes, &synced);
         let mut group = std::mem::take(&mut self.syncs[kind.index()]);
         group.end(result, |request| {
             if result.is_err() {
