@@ -227,7 +227,10 @@ fn stop_and_sync(medium: Medium) -> Result<()> {
             times[STOPS - 1]
         );
     }
-    println!("PASS {STOPS} stops under load on {medium:?} … {rounds} rounds of fio, no error");
+    println!(
+        "PASS {STOPS} stops under load on {medium:?} … {rounds} rounds of fio, no error, {:?}",
+        guest.accel()
+    );
     guest.expect_quiet_kernel()?;
     guest.power_off()?;
     host.finish()
