@@ -48,6 +48,9 @@ const CPU: &str = "EPYC,+svm,+npt";
 /// Room for the image, an inner QEMU, and daemons; inner guests' memory is expected in NV-RAM.
 const MEMORY_MIB: u32 = 1536;
 
+/// An inner guest's memory.
+const INNER_MIB: u32 = 192;
+
 /// The name of the one inner guest image.
 const GUEST: &str = "small";
 
@@ -157,25 +160,13 @@ impl EmulatedHost {
 #[derive(Debug, Clone)]
 pub struct InnerGuest {
     name: String,
-    memory: String,
     args: Vec<String>,
 }
 
 impl InnerGuest {
-    /// The size of its memory.
-    pub const MEMORY_MIB: u32 = 192;
-
-    /// A guest with one processor, and no disk.
+    /// A guest with one processor and 192 MiB of memory, and no disk.
     pub fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), memory: "memory-backend-memfd".to_owned(), args: Vec::new() }
-    }
-
-    /// Its memory is that file of the host. On DAX, write all of the file and sync it first: what a block was at first touch is
-    /// otherwise lost with the power unless the file is synced after.
-    #[must_use]
-    pub fn memory_file(mut self, path: &str) -> Self {
-        self.memory = format!("memory-backend-file,mem-path={path}");
-        self
+        Self { name: name.to_owned(), args: Vec::new() }
     }
 
     /// Adds a disk that is served on a vhost-user socket of the host.
@@ -203,8 +194,7 @@ impl InnerGuest {
     /// Its QEMU, as words of a command line. The console goes to a file, [`InnerGuest::console`]; QMP is served on
     /// [`InnerGuest::qmp`].
     pub fn words(&self) -> Vec<String> {
-        let mib = Self::MEMORY_MIB;
-        let memory = format!("{},id=mem,size={mib}M,share=on", self.memory);
+        let memory = format!("memory-backend-memfd,id=mem,size={INNER_MIB}M,share=on");
         let (image, agent) = (format!("/guests/{GUEST}"), self.file("agent"));
         // The older board has fewer devices for firmware and kernel to find: 3 s of 11.
         let mut words = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"]
@@ -215,7 +205,7 @@ impl InnerGuest {
                 ("-machine", "pc,memory-backend=mem".to_owned()),
                 ("-accel", "kvm".to_owned()),
                 ("-cpu", "host".to_owned()),
-                ("-m", format!("{mib}M")),
+                ("-m", format!("{INNER_MIB}M")),
                 ("-object", memory),
                 ("-kernel", format!("{image}/kernel")),
                 ("-initrd", format!("{image}/initramfs")),
