@@ -119,6 +119,7 @@ impl EmulatedHost {
         let machine = Qemu::new(qemu, image)
             .accel(Accel::Tcg)
             .cpu(CPU)
+            // With two, QEMU 7.2 once made the host's kernel fault without end while both ran a guest.
             .vcpus(1)
             .memory_mib(MEMORY_MIB)
             .nvdimm(&scratch.join("nvram"), nvram_mib);

@@ -53,6 +53,7 @@ pub mod mock;
 pub mod page_cache;
 pub mod paths;
 pub mod pattern;
+pub mod persistent;
 pub mod process;
 pub mod qemu;
 pub mod qmp;

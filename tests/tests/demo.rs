@@ -7,5 +7,5 @@ use vssd_tests::serial::guest_slot;
 #[test]
 fn the_demonstration_holds() -> Result<()> {
     let _slot = guest_slot()?;
-    vssd_tests::demo::run()
+    vssd_tests::demo::shrink::run()
 }

@@ -35,8 +35,11 @@ struct Args {
 enum Command {
     /// Install the Debian packages that are missing, or say which.
     Setup,
-    /// Show a guest giving blocks up and getting them back.
-    Demo,
+    /// Show a guest giving blocks up and getting them back, or one that lives through a power cut.
+    Demo {
+        #[arg(value_enum, default_value_t = Demo::Shrink)]
+        what: Demo,
+    },
     /// Check the style, build the driver for every kernel, run all tests.
     Test(test::Args),
     /// Measure the daemon against its peers.
@@ -61,6 +64,12 @@ enum Command {
     Agent,
 }
 
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Demo {
+    Shrink,
+    Persistent,
+}
+
 fn main() -> ExitCode {
     match run(&Args::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -78,7 +87,7 @@ fn run(command: &Command) -> Result<()> {
             println!("everything needed is installed");
             Ok(())
         }
-        Command::Demo => demo(),
+        Command::Demo { what } => demo(*what),
         Command::Test(args) => test::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Guest(args) => guest::run(args),
@@ -100,16 +109,21 @@ fn run(command: &Command) -> Result<()> {
     }
 }
 
-fn demo() -> Result<()> {
+fn demo(what: Demo) -> Result<()> {
     let stages = Stages::new();
     stages.run("set up", vssd_tests::setup::ensure)?;
     stages.run("build", || stages::build_binaries(&["--quiet"]))?;
-    stages.run("guest kernel and driver", || {
-        GuestImage::with_driver(&Kernel::debian()?)?;
-        eprintln!("guests run on {}", qemu::probed_accel());
-        Ok(())
-    })?;
-    stages.run("demo", vssd_tests::demo::run)?;
+    match what {
+        Demo::Shrink => {
+            stages.run("guest kernel and driver", || {
+                GuestImage::with_driver(&Kernel::debian()?)?;
+                eprintln!("guests run on {}", qemu::probed_accel());
+                Ok(())
+            })?;
+            stages.run("demo", vssd_tests::demo::shrink::run)?;
+        }
+        Demo::Persistent => stages.run("demo", vssd_tests::demo::persistent::run)?,
+    }
     stages.finish();
     Ok(())
 }

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask demo`: a guest gives up blocks of its own choice and gets them back.
 
-use std::time::Instant;
-
 use anyhow::{Result, ensure};
 use vssd_protocol::units::ByteCount;
 
+use super::Steps;
 use crate::kernel::Kernel;
 use crate::qemu::{Qemu, QemuBinary, VhostUserDisk};
 use crate::scenario::{self, Disk, ENODATA, Medium, PoolHost, Range, blocks, normal};
@@ -15,25 +14,6 @@ const NAME: &str = "demo";
 const SEED: u64 = 0x5eed;
 const DISK: u64 = 1 << 30;
 const SHRINK: u64 = 256 << 20;
-
-/// Prints each step with the time it took.
-struct Steps {
-    began: Instant,
-    last: Instant,
-}
-
-impl Steps {
-    fn new() -> Self {
-        let now = Instant::now();
-        println!("{:>8}  step", "seconds");
-        Self { began: now, last: now }
-    }
-
-    fn done(&mut self, what: impl std::fmt::Display) {
-        println!("{:>8.2}  {what}", self.last.elapsed().as_secs_f64());
-        self.last = Instant::now();
-    }
-}
 
 /// Runs the demonstration. Fails where something shown does not hold.
 pub fn run() -> Result<()> {
@@ -115,7 +95,7 @@ pub fn run() -> Result<()> {
     guest.power_off()?;
     host.finish()?;
     steps.done("ended: the guest's kernel never complained, the pool is sound");
-    println!("{:>8.2}  in all", steps.began.elapsed().as_secs_f64());
+    steps.end();
     Ok(())
 }
 
