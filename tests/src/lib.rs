@@ -63,6 +63,7 @@ pub mod scratch;
 pub mod serial;
 pub mod setup;
 pub mod tool;
+pub mod vm_host;
 pub mod wait;
 pub mod wire;
 

@@ -66,7 +66,11 @@ impl Vmm for Qemu {
     fn end_orphan(&self, places: &Places) -> Result<(), VmmError> {
         // Whoever listens there was started by us; nobody does once that has ended.
         let Ok(stream) = UnixStream::connect(&places.control) else { return Ok(()) };
-        let mut qmp = Qmp::new(stream, LIMIT)?;
+        let mut qmp = match Qmp::new(stream, LIMIT) {
+            // It was on its way out.
+            Err(VmmError::Connection { .. }) => return Ok(()),
+            other => other?,
+        };
         match qmp.call("quit", json!({}), LIMIT) {
             Ok(_) | Err(VmmError::Connection { .. }) => {}
             Err(error) => return Err(error),
@@ -135,10 +139,16 @@ impl QemuMachine {
     fn adopt(id: &ProcessId, places: &Places) -> Result<Option<Self>, VmmError> {
         let found = Process::find(id).map_err(|source| connection("find the process", source))?;
         let Some(process) = found else { return Ok(None) };
-        let qmp = control(&process, places, LIMIT)?;
-        let mut machine = Self { process, qmp, places: places.clone() };
-        machine.prepare()?;
-        Ok(Some(machine))
+        let adopted = control(&process, places, LIMIT).and_then(|qmp| {
+            let mut machine = Self { process, qmp, places: places.clone() };
+            machine.prepare().map(|()| machine)
+        });
+        match adopted {
+            Ok(machine) => Ok(Some(machine)),
+            // It was on its way out.
+            Err(VmmError::Ended { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// What every save and restore needs; harmless to say twice.
