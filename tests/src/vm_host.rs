@@ -60,6 +60,7 @@ impl VmHost {
         let live = host.live().display().to_string();
         let config = format!(
             "state_dir = '{live}/state'\nruntime_dir = '{live}/run'\nlog_dir = '{live}/log'\n\
+             [power]\ndisarm_after_ms = 100\nresume_after_ms = 100\n\
              [vssd]\nruntime_dir = '{live}/vssd'\n\
              [[nvram]]\nname = 'nv0'\npath = '{live}/nv'\ndeclared_persistent = true\n"
         );

@@ -25,8 +25,8 @@ const UNHURRIED: [&str; 13] = [
     "demo",
     "harness",
     "host_power",
-    "host_vm",
     "host_power_cut",
+    "host_kill",
 ];
 
 #[derive(Debug, clap::Args)]

@@ -560,7 +560,7 @@ impl Keeper {
         self.machine = None;
         if self.state() == VmState::Saved {
             // What counts is in the slot.
-            return;
+            return self.enter(VmState::Saved, &format!("saved; its hypervisor has ended since: {said}"));
         }
         self.lose(&format!("its hypervisor has ended: {said}"));
     }
