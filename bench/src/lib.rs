@@ -19,6 +19,7 @@ pub mod memory;
 pub mod meter;
 pub mod paper;
 pub mod peer;
+pub mod persistence;
 pub mod placement;
 pub mod report;
 pub mod run;

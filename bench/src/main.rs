@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask bench datapath` and `cargo xtask bench paper`, which build everything and start this.
+//! `cargo xtask bench datapath`, `paper`, `persistence` and `power-cut`, which build everything and start this.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,6 +10,7 @@ use vssd_bench::cases::{self, Case};
 use vssd_bench::experiment;
 use vssd_bench::paper;
 use vssd_bench::peer::{Media, Pages};
+use vssd_bench::persistence;
 use vssd_bench::placement::Cpus;
 use vssd_bench::report::machine::Machine;
 use vssd_bench::report::{Report, plot, table};
@@ -28,6 +29,10 @@ enum Command {
     Datapath(Datapath),
     /// The vSSD paper's three experiments on real guests, with a report
     Paper(paper::Args),
+    /// How long VMs take to be saved, and to run again
+    Persistence(persistence::Args),
+    /// Power cuts of an emulated host with persistent guests
+    PowerCut(persistence::PowerCutArgs),
 }
 
 #[derive(Debug, clap::Args)]
@@ -64,9 +69,9 @@ struct Datapath {
 fn main() -> ExitCode {
     let outcome = match Args::parse().command {
         Command::Datapath(args) => datapath(&args),
-        Command::Paper(args) => {
-            paper::run(&args).map(|reached| if reached { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-        }
+        Command::Paper(args) => paper::run(&args).map(code),
+        Command::Persistence(args) => persistence::run(&args).map(code),
+        Command::PowerCut(args) => persistence::power_cut(&args).map(code),
     };
     match outcome {
         Ok(code) => code,
@@ -75,6 +80,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn code(reached: bool) -> ExitCode {
+    if reached { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn datapath(args: &Datapath) -> Result<ExitCode> {

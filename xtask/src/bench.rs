@@ -12,14 +12,18 @@ use crate::stages::{cargo, show};
 #[derive(Debug, clap::Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Args {
-    /// What to measure, and how; `datapath --help` and `paper --help` say more.
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "datapath|paper …")]
+    /// What to measure, and how; `datapath --help`, `paper --help` and so on say more.
+    #[arg(
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "datapath|paper|persistence|power-cut …"
+    )]
     args: Vec<OsString>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     // What guests need comes from the tests' package.
-    let packages = ["balloon-ctl", "vssd-backend", "vssd-bench", "vssd-tests"];
+    let packages = ["balloon-ctl", "vm-host", "vssd-backend", "vssd-bench", "vssd-tests"];
     let mut build = cargo(&["build", "--quiet", "--release", "--bins"]);
     build.args(packages.iter().flat_map(|package| ["--package", package]));
     show(build)?;
