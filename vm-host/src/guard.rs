@@ -22,8 +22,8 @@ use tracing::{error, info, warn};
 
 use crate::host::{Host, Outcome};
 use crate::power::{
-    Effect, Event, Health, Input, Machine, Monitor, Observation, PowerConfig, Pretended, StartError, Ticket,
-    View,
+    Effect, Event, Health, Input, Machine, Monitor, Observation, PowerConfig, Pretended, StartError, State,
+    Ticket, View,
 };
 
 /// What the loop hears.
@@ -209,8 +209,10 @@ impl Loop {
             if input == Input::Time {
                 self.machine.set_needed(self.host.plan().needed_ms());
             }
-            for effect in self.machine.apply(input, self.now_ms()) {
-                self.perform(&effect);
+            let effects = self.machine.apply(input, self.now_ms());
+            self.host.hold_back(matches!(self.machine.state(), State::Critical | State::Saved));
+            for effect in &effects {
+                self.perform(effect);
             }
             self.seen.lock().unwrap_or_else(PoisonError::into_inner).view = self.machine.view();
         }

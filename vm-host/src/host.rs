@@ -11,9 +11,9 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -60,8 +60,10 @@ pub struct Host {
     /// VMs whose records cannot be read.
     unreadable: BTreeMap<String, Fault>,
     budget: Budget,
-    /// One VM is admitted at a time: two that fit alone may not fit together.
+    /// One VM is defined or admitted at a time: two that fit alone may not fit together.
     admission: Mutex<()>,
+    /// The power is failing, or has failed.
+    held_back: AtomicBool,
     /// Counts saves of all VMs.
     round: AtomicU64,
 }
@@ -104,6 +106,7 @@ impl Host {
             unreadable,
             budget,
             admission: Mutex::new(()),
+            held_back: AtomicBool::new(false),
             round: AtomicU64::new(0),
         })
     }
@@ -130,6 +133,7 @@ impl Host {
 
     pub fn define(&self, text: &str, replace: bool) -> Result<Status, Fault> {
         let definition = Definition::parse(text)?;
+        let _one = self.one_at_a_time();
         let name = definition.name.clone();
         if let Some(fault) = self.unreadable.get(&name) {
             return Err(fault.clone());
@@ -150,6 +154,7 @@ impl Host {
     }
 
     pub fn undefine(&self, name: &str) -> Result<(), Fault> {
+        let _one = self.one_at_a_time();
         self.vm(name)?.call(Order::Undefine)?;
         self.vms.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         Ok(())
@@ -165,7 +170,7 @@ impl Host {
 
     pub fn start(&self, name: &str) -> Result<Status, Fault> {
         let vm = self.vm(name)?;
-        let _one = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.one_at_a_time();
         self.admit(&vm.status())?;
         vm.call(Order::Start)
     }
@@ -175,7 +180,7 @@ impl Host {
         if order != Order::Resume {
             return vm.call(order);
         }
-        let _one = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = self.one_at_a_time();
         self.admit(&vm.status())?;
         vm.call(order)
     }
@@ -211,11 +216,11 @@ impl Host {
         self.for_all(Order::Hold, may_run)
     }
 
-    /// Continues every guest that is wanted to run and was saved, until a save of all overtakes it.
+    /// Continues every guest that is wanted to run and was saved, or could not be, until a save of all overtakes it.
     pub fn resume_all(&self) -> Outcome {
         let round = self.round.load(Ordering::SeqCst);
         self.for_all(Order::Resume, |status| {
-            status.state == VmState::Saved
+            matches!(status.state, VmState::Saved | VmState::Paused)
                 && status.wanted == Wanted::Running
                 && self.round.load(Ordering::SeqCst) == round
         })
@@ -274,12 +279,32 @@ impl Host {
         Outcome { took: begun.elapsed(), ..outcome }
     }
 
+    /// Until this is called again, nobody may start what would have to be saved at once.
+    pub fn hold_back(&self, held: bool) {
+        self.held_back.store(held, Ordering::SeqCst);
+    }
+
+    fn one_at_a_time(&self) -> MutexGuard<'_, ()> {
+        self.admission.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether a VM may begin to run.
     fn admit(&self, status: &Status) -> Result<(), Fault> {
         let Some(medium) = &status.nvram else { return Ok(()) };
+        if self.held_back.load(Ordering::SeqCst) {
+            return Err(Fault::new(
+                ErrorCode::Busy,
+                format!("{} is not let run: the power is failing", status.name),
+            )
+            .hint(
+                "`vm-host power status` says how it is; what was saved resumes by itself when it is back",
+            ));
+        }
         self.check_medium(medium)?;
         self.check_lint(&status.name)?;
-        self.budget.admits(&self.running(), &on_budget(status)).map_err(|refusal| {
+        let others: Vec<budget::Vm> =
+            self.running().into_iter().filter(|vm| vm.name != status.name).collect();
+        self.budget.admits(&others, &on_budget(status)).map_err(|refusal| {
             Fault::new(ErrorCode::Budget, refusal.to_string()).hint(
                 "`vm-host power status` shows the budget; stop or swap out another VM, or lengthen `window_ms` if the hardware allows",
             )

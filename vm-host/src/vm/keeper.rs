@@ -135,7 +135,13 @@ impl Keeper {
         };
         let launch = self.shared.vmm.plan(&definition, &self.places)?;
         self.launch(&launch, Begin::Boot)?;
-        self.go(launch, "started").inspect_err(|_| self.end_machine())
+        if let Err(fault) = self.go(launch, "started") {
+            self.end_machine();
+            self.settle(Life::Stopped, Wanted::Stopped)?;
+            self.enter(VmState::Stopped, &fault.message);
+            return Err(fault);
+        }
+        Ok(())
     }
 
     /// Turns the guest off, and its machine.
@@ -242,7 +248,9 @@ impl Keeper {
         self.launch(&launch, Begin::Restore)?;
         let loaded = self.load(saved, &launch).and_then(|()| self.go(launch, "restored"));
         if let Err(fault) = loaded {
-            self.end_machine();
+            if self.state() == VmState::Saved {
+                self.end_machine();
+            }
             self.with_status(|status| status.blame(Some(&fault)));
             return Err(fault);
         }
@@ -496,7 +504,13 @@ impl Keeper {
             .map_err(|error| Fault::new(ErrorCode::Internal, format!("no random numbers: {error}")))?;
         self.settle(Life::Live { incarnation, launch, process }, Wanted::Running)?;
         let machine = self.machine.as_deref_mut().ok_or_else(|| gone(&name))?;
-        machine.resume()?;
+        if let Err(error) = machine.resume() {
+            // No saved state counts any more: the machine is all there is of the guest.
+            let fault = Fault::from(error);
+            self.enter(VmState::Paused, &format!("it could not be continued: {fault}"));
+            self.with_status(|status| status.blame(Some(&fault)));
+            return Err(fault);
+        }
         self.enter(VmState::Running, why);
         Ok(())
     }
