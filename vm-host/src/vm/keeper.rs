@@ -25,6 +25,7 @@ use serde_json::json;
 use tracing::{error, info, warn};
 use vssd_protocol::control::ErrorCode;
 
+use super::console::Console;
 use super::save::{Found, Kept};
 use super::status::{Status, VmState, Work};
 use super::{Answer, Letter, Order, Shared, VmNews, swap};
@@ -48,6 +49,7 @@ pub(super) struct Keeper {
     record: Record,
     places: Places,
     machine: Option<Box<dyn Machine>>,
+    console: Option<Console>,
     kept: Option<Kept>,
     status: Arc<Mutex<Status>>,
 }
@@ -55,7 +57,7 @@ pub(super) struct Keeper {
 impl Keeper {
     pub(super) fn new(record: Record, shared: Arc<Shared>, status: Arc<Mutex<Status>>) -> Self {
         let places = shared.places(&record.definition.name);
-        Self { shared, record, places, machine: None, kept: None, status }
+        Self { shared, record, places, machine: None, console: None, kept: None, status }
     }
 
     /// Until it is told to leave, or the VM is no more.
@@ -98,6 +100,9 @@ impl Keeper {
         if let Some(machine) = &self.machine {
             fds.push(PollFd::from_borrowed_fd(machine.control(), PollFlags::IN));
             fds.push(PollFd::from_borrowed_fd(machine.process().ended(), PollFlags::IN));
+        }
+        if let Some(console) = &self.console {
+            fds.push(PollFd::from_borrowed_fd(console.fd(), PollFlags::IN));
         }
         let timeout = limit.and_then(|limit| Timespec::try_from(limit).ok());
         // What failed is tried again; an error that stays would be one of these descriptors, of which none is ever closed early.
@@ -307,6 +312,9 @@ impl Keeper {
             Some(process) => self.shared.vmm.adopt(&process, &self.places)?,
             None => None,
         };
+        if self.machine.is_some() {
+            self.open_console();
+        }
         match self.machine.as_deref_mut().map(Machine::run_state).transpose()? {
             Some(RunState::Running) => {
                 self.enter(VmState::Running, "it ran on while the daemon did not");
@@ -492,6 +500,7 @@ impl Keeper {
             None => Memory::Ordinary { bytes: self.record.definition.memory.0 },
         };
         self.machine = Some(self.shared.vmm.launch(launch, &memory, begin, &self.places)?);
+        self.open_console();
         Ok(())
     }
 
@@ -515,15 +524,40 @@ impl Keeper {
         Ok(())
     }
 
+    /// Writes down what the guest says. A log that cannot be written is no reason to harm it.
+    fn open_console(&mut self) {
+        let log = self.shared.console_log(self.name());
+        match Console::open(&self.places.console, &log) {
+            Ok(console) => self.console = Some(console),
+            Err(error) => warn!(vm = self.name(), %error, "cannot keep what the guest says on its console"),
+        }
+    }
+
+    fn listen_to_guest(&mut self) {
+        let Some(console) = &mut self.console else { return };
+        match console.write_down() {
+            Ok(true) => {}
+            Ok(false) => self.console = None,
+            Err(error) => {
+                warn!(vm = self.name(), %error, "what the guest says on its console is kept no longer");
+                self.console = None;
+            }
+        }
+    }
+
     fn end_machine(&mut self) {
         if let Some(mut machine) = self.machine.take()
             && let Err(error) = machine.kill()
         {
             error!(vm = self.name(), %error, "cannot end a machine");
         }
+        // Its last words.
+        self.listen_to_guest();
+        self.console = None;
     }
 
     fn look_at_machine(&mut self) {
+        self.listen_to_guest();
         let Some(machine) = &mut self.machine else { return };
         let ended = machine.process().has_ended();
         let heard = machine.news();

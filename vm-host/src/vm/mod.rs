@@ -11,6 +11,7 @@
 //! Nothing is shared between two VMs that one could hold and the other need: a guest whose disk hangs keeps no other from being
 //! saved. Whether a VM *may* run (budget, power) is the host's to say; this module knows neither.
 
+mod console;
 mod keeper;
 mod save;
 mod status;
@@ -53,13 +54,18 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Where what a guest says on its console is written down.
+    fn console_log(&self, name: &str) -> PathBuf {
+        self.log_dir.join(format!("{name}.console"))
+    }
+
     fn places(&self, name: &str) -> Places {
         let dir = self.runtime_dir.join(name);
         Places {
             control: dir.join("qmp.sock"),
             guest_agent: dir.join("agent.sock"),
             log: self.log_dir.join(format!("{name}.log")),
-            console: self.log_dir.join(format!("{name}.console")),
+            console: dir.join("console.sock"),
             vssds: self.vssd_dir.clone(),
         }
     }

@@ -63,7 +63,7 @@ pub struct Places {
     pub control: PathBuf,
     /// What it says on its standard output and error.
     pub log: PathBuf,
-    /// What the guest says on its serial port.
+    /// The socket of the guest's serial port.
     pub console: PathBuf,
     /// The socket of the guest's own agent.
     pub guest_agent: PathBuf,

@@ -69,7 +69,8 @@ impl Emulator {
         for (at, network) in definition.network.iter().enumerate() {
             add_network(&mut args, at, network, &definition.name);
         }
-        args.pair("-chardev", format!("file,id=console,append=on,path={}", quoted(&places.console)));
+        let console = quoted(&places.console);
+        args.pair("-chardev", format!("socket,id=console,path={console},server=on,wait=off"));
         args.pair("-serial", "chardev:console");
         if definition.guest_agent {
             let path = quoted(&places.guest_agent);
