@@ -265,6 +265,17 @@ impl Site {
             }
             points.push(point);
         }
+        // What a guest does once it runs is not undone: its record comes first.
+        if let Some(cont) = points.iter().position(|point| point.line.contains(r#"\"cont\""#)) {
+            ensure!(
+                points[cont..]
+                    .iter()
+                    .all(|point| !point.call.contains("sync") && !point.call.contains("rename")),
+                "durable too late: {points:?}"
+            );
+        } else {
+            ensure!(verb.until != "running", "no guest was continued: {points:?}");
+        }
         ensure!(points.iter().any(|point| point.call.contains("sync")), "{}: {points:?}", verb.name);
         Ok(points)
     }
