@@ -170,8 +170,9 @@ impl Keeper {
                 self.look_at_machine();
             }
         }
-        self.end_machine();
+        // In this order: a machine that is left over is ended at the next start of the daemon.
         self.settle(Life::Stopped, Wanted::Stopped)?;
+        self.end_machine();
         self.enter(VmState::Stopped, "stopped");
         Ok(())
     }
@@ -291,6 +292,11 @@ impl Keeper {
 
     fn recover_life(&mut self) -> Done {
         let name = self.name().to_owned();
+        let image = match &self.record.life {
+            Life::SwappedOut { image, .. } => Some(image.as_path()),
+            Life::Stopped | Life::Live { .. } => None,
+        };
+        swap::clean(&self.shared.swap_dir, &name, image)?;
         let medium = self.medium(&self.record.definition.clone())?;
         let (launch, process) = match self.record.life.clone() {
             Life::Live { launch, process, .. } => (launch, process),
@@ -321,8 +327,8 @@ impl Keeper {
                 Ok(())
             }
             Some(RunState::Off) => {
-                self.end_machine();
                 self.settle(Life::Stopped, Wanted::Stopped)?;
+                self.end_machine();
                 self.enter(VmState::Stopped, "the guest turned itself off");
                 Ok(())
             }
@@ -591,10 +597,10 @@ impl Keeper {
         let Some(machine) = &mut self.machine else { return };
         match machine.run_state() {
             Ok(RunState::Off) => {
-                self.end_machine();
                 if let Err(fault) = self.settle(Life::Stopped, Wanted::Stopped) {
                     error!(vm = self.name(), %fault, "cannot note that a guest has turned itself off");
                 }
+                self.end_machine();
                 self.enter(VmState::Stopped, "the guest turned itself off");
             }
             Ok(RunState::Halted) => self.enter(VmState::Paused, "the guest has panicked, or a disk failed"),

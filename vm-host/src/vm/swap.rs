@@ -54,8 +54,7 @@ pub(super) fn write(
     saved: &SavedState,
     progress: impl FnMut(u64, u64),
 ) -> Result<PathBuf, Fault> {
-    let path = dir.join(format!("{name}.{EXTENSION}"));
-    let part = path.with_extension("part");
+    let (path, part) = paths(dir, name);
     let written = fs::create_dir_all(dir)
         .and_then(|()| write_file(&part, memory, saved, progress))
         .and_then(|()| fs::rename(&part, &path))
@@ -180,6 +179,17 @@ fn read_file(path: &Path, memory: &Region, mut progress: impl FnMut(u64, u64)) -
         return Err(invalid("it goes on after its end"));
     }
     Ok(saved)
+}
+
+/// Removes what a daemon that was killed has left of images of a VM, but for the one that its record names.
+pub(super) fn clean(dir: &Path, name: &str, image: Option<&Path>) -> Result<(), Fault> {
+    let (path, part) = paths(dir, name);
+    [path, part].iter().filter(|left| image != Some(left)).try_for_each(|left| remove(left))
+}
+
+/// Of an image, whole and being written. A VM's name may have dots.
+fn paths(dir: &Path, name: &str) -> (PathBuf, PathBuf) {
+    (dir.join(format!("{name}.{EXTENSION}")), dir.join(format!("{name}.{EXTENSION}.part")))
 }
 
 /// Removes an image that is needed no more.
