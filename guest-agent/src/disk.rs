@@ -16,8 +16,9 @@ pub(crate) use vssd_client::{Status, list};
 use vssd_protocol::units::BlockRange;
 
 use crate::blocks::BlockSet;
-use crate::error::{AgentError, Result, Why};
+use crate::error::{AgentError, Result};
 use crate::estimate::Estimate;
+use crate::why::Why;
 
 /// Where what is kept for as long as the guest runs is kept.
 pub(crate) const LOCKS: &str = "/run/vssd-agent";

@@ -8,30 +8,10 @@ use std::path::{Path, PathBuf};
 
 use vssd_protocol::units::ByteCount;
 
-use crate::source::dm_cache::CacheError;
+use crate::source::dm_cache::error::CacheError;
+use crate::why::Why;
 
 pub(crate) type Result<T> = std::result::Result<T, AgentError>;
-
-/// Why no more blocks go, as the host is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Why {
-    Nothing,
-    Busy,
-    Policy,
-    Error,
-}
-
-impl Why {
-    /// The driver's word for it.
-    pub(crate) fn word(self) -> &'static str {
-        match self {
-            Self::Nothing => "nothing",
-            Self::Busy => "busy",
-            Self::Policy => "policy",
-            Self::Error => "error",
-        }
-    }
-}
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AgentError {

@@ -20,6 +20,7 @@ mod serve;
 mod source;
 mod status;
 mod stock;
+mod why;
 
 use std::collections::BTreeSet;
 use std::io::{self, IsTerminal};

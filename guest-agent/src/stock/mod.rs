@@ -25,9 +25,10 @@ pub(crate) use self::line::list_besides;
 use crate::blocks::BlockSet;
 use crate::config::{DiskConfig, Kind};
 use crate::disk::{self, Status};
-use crate::error::{AgentError, Result, Why};
+use crate::error::{AgentError, Result};
 use crate::source::Source;
 use crate::source::filesystem::Filesystem;
+use crate::why::Why;
 
 /// How often the host is asked: it cannot call.
 const POLL: Duration = Duration::from_secs(5);

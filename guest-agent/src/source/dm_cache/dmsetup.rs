@@ -17,7 +17,7 @@ use tracing::debug;
 use super::error::CacheError;
 use super::text::{CacheStatus, INFO_FIELDS, View};
 
-pub(super) const PROGRAM: &str = "dmsetup";
+const PROGRAM: &str = "dmsetup";
 /// For what only asks or prepares.
 const SHORT: Duration = Duration::from_secs(15);
 /// For what waits for I/O in flight, or for others to let go of a device.

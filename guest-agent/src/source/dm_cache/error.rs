@@ -6,11 +6,11 @@ use std::io;
 
 use vssd_protocol::units::ByteCount;
 
-use crate::error::Why;
+use crate::why::Why;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CacheError {
-    #[error("cannot start {program}: {source}", program = super::dmsetup::PROGRAM)]
+    #[error("cannot start dmsetup: {source}")]
     NoProgram { source: io::Error },
     #[error("dmsetup {command} failed: {said}")]
     Refused { command: String, said: String },

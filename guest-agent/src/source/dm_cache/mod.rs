@@ -28,7 +28,7 @@
 //! say what that is.
 
 mod dmsetup;
-mod error;
+pub(crate) mod error;
 mod note;
 mod plan;
 mod pull;
@@ -42,7 +42,7 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 use vssd_protocol::units::{BlockRange, ByteCount};
 
-pub(crate) use self::error::CacheError;
+use self::error::CacheError;
 use self::note::Note;
 use self::plan::{Place, SECTOR};
 use self::pull::Pull;
