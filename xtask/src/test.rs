@@ -13,7 +13,7 @@ use crate::stages::{self, Stages, cargo, show};
 use crate::{fuzz, sabotage, schedules};
 
 /// Scenarios with guests that measure no time.
-const UNHURRIED: [&str; 13] = [
+const UNHURRIED: [&str; 14] = [
     "guest_vssd",
     "guest_agent",
     "guest_agent_only",
@@ -27,6 +27,7 @@ const UNHURRIED: [&str; 13] = [
     "host_power",
     "host_power_cut",
     "host_kill",
+    "host_rotate",
 ];
 
 #[derive(Debug, clap::Args)]

@@ -67,7 +67,7 @@ impl Kept {
         Ok(Some(Self { nvram: Arc::clone(nvram), memory, slot: nvram.slot(state.id)? }))
     }
 
-    /// Makes what is missing. Memory of another size than the definition's is made anew.
+    /// Makes what is missing: all of it or nothing. Memory of another size than the definition's is made anew.
     pub(super) fn make(
         nvram: &Arc<Nvram>,
         definition: &Definition,
@@ -79,9 +79,18 @@ impl Kept {
         {
             nvram.free(memory.id)?;
         }
+        let mut made = Vec::new();
         for (purpose, bytes) in [(Purpose::State, STATE_BYTES), (Purpose::Memory, definition.memory.0)] {
-            if nvram.find(owner, purpose).is_none() {
-                nvram.allocate(owner, purpose, bytes, &mut progress)?;
+            if nvram.find(owner, purpose).is_some() {
+                continue;
+            }
+            match nvram.allocate(owner, purpose, bytes, &mut progress) {
+                Ok(region) => made.push(region.id),
+                Err(error) => {
+                    // Others may need it.
+                    made.into_iter().try_for_each(|id| nvram.free(id))?;
+                    return Err(error.into());
+                }
             }
         }
         Self::find(nvram, owner)?
