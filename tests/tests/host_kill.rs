@@ -88,7 +88,7 @@ impl Site {
         host.ok(&["save", "b"])?;
         host.ok(&["start", "a"])?;
         host.run("a", COUNT)?;
-        host.run("a", "head -c 4M /dev/urandom > /tmp/data; while ! test -s /tmp/count; do sleep 0.1; done")?;
+        host.run("a", "head -c 4194304 /dev/urandom > /tmp/data && test -s /tmp/data && while ! test -s /tmp/count; do sleep 0.1; done")?;
         let guest = Guest::look(&host, "a")?;
         host.ok(&["save", "a"])?;
         ensure!(host.machines()?.is_empty(), "a machine is left after a save");

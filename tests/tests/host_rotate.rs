@@ -63,7 +63,7 @@ fn three_vms_take_turns_on_nvram_for_two() -> Result<()> {
     }
     let begin = |host: &VmHost, vm: &str| -> Result<(String, u64)> {
         host.ok(&["start", vm])?;
-        host.run(vm, "head -c 20M /dev/urandom > /tmp/data")?;
+        host.run(vm, "head -c 4194304 /dev/urandom > /tmp/data")?;
         host.run(vm, COUNT)?;
         host.run(vm, "while ! test -s /tmp/count; do sleep 0.1; done")?;
         Ok((sum(host, vm)?, count(host, vm)?))
