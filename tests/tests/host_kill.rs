@@ -599,8 +599,9 @@ fn a_machine_that_ends_by_itself_is_told_from_a_guest_that_does() -> Result<()> 
     host.ok(RESTORE)?;
     let pid = host.machines()?;
     host.run("a", "(sleep 0.2; reboot -f) > /dev/null 2>&1 &")?;
-    Deadline::after(LIMIT)
-        .until("the guest to restart", || Ok(host.run("a", "test -e /tmp/data || echo new")? == "new"))?;
+    Deadline::after(LIMIT).until("the guest to restart", || {
+        Ok(host.run("a", "test -e /tmp/data || echo new").is_ok_and(|said| said == "new"))
+    })?;
     ensure!(host.state("a")? == "running" && host.machines()? == pid, "{}", host.show("a")?);
     host.run("a", "(sleep 0.2; poweroff -f) > /dev/null 2>&1 &")?;
     host.wait_state("a", "stopped")?;
