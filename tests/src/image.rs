@@ -181,6 +181,14 @@ impl ImageBuilder {
         Ok(self)
     }
 
+    /// Adds Debian's QEMU guest agent as `/tools/qemu-ga`. Unpacked: installed, it would serve this machine.
+    pub fn qemu_agent(mut self) -> Result<Self> {
+        const PACKAGE: &str = "qemu-guest-agent";
+        let root = apt::cached_tree(PACKAGE, |into| PrivateApt::open()?.unpack(&[PACKAGE.to_owned()], into))?;
+        self.programs.push(Program::new("tools/qemu-ga".to_owned(), root.join("usr/sbin/qemu-ga")));
+        Ok(self)
+    }
+
     /// Adds the two files of another image: `/guests/<name>/kernel` and `/guests/<name>/initramfs`.
     #[must_use]
     pub fn guest(self, name: &str, image: &GuestImage) -> Self {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! What must be installed on a Debian 12 machine that has cargo and gcc, and nothing else.
 //!
-//! This is the only list of system packages. Kernels, kernel headers, busybox and the second QEMU are not in it:
-//! they are unpacked into the cache ([`crate::kernel`], [`crate::qemu`]) and never become part of the system.
+//! This is the only list of system packages. Kernels, kernel headers, busybox, QEMU's guest agent and the second QEMU are not in it:
+//! they are unpacked into the cache ([`crate::kernel`], [`crate::image`], [`crate::qemu`]) and never become part of the system.
 
 use std::io::{IsTerminal, stdin};
 use std::path::Path;
@@ -27,6 +27,10 @@ const NEEDS: &[Need] = &[
     need("qemu-system-common", "qemu-storage-daemon"),
     need("fio", "fio"),
     need("strace", "strace"),
+    // QEMU's guest agent is linked with these.
+    need("libglib2.0-0", "/usr/lib/x86_64-linux-gnu/libglib-2.0.so.0"),
+    need("liburing2", "/usr/lib/x86_64-linux-gnu/liburing.so.2"),
+    need("libnuma1", "/usr/lib/x86_64-linux-gnu/libnuma.so.1"),
     need("e2fsprogs", "mkfs.ext4"),
     need("fdisk", "sfdisk"),
     need("dmsetup", "dmsetup"),

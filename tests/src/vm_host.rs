@@ -121,7 +121,12 @@ impl VmHost {
 
     /// What the daemon has logged last.
     pub fn log(&self) -> String {
-        process::tail(&fs::read_to_string(self.live().join("daemon.log")).unwrap_or_default(), 30)
+        process::tail(&self.whole_log(), 30)
+    }
+
+    /// All that daemons here have logged.
+    pub fn whole_log(&self) -> String {
+        fs::read_to_string(self.live().join("daemon.log")).unwrap_or_default()
     }
 
     fn daemon(&mut self) -> Result<&mut Daemon> {

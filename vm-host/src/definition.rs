@@ -164,7 +164,7 @@ pub struct Definition {
     pub initrd: Option<PathBuf>,
     #[serde(default)]
     pub cmdline: String,
-    /// A channel to the QEMU guest agent: the guest's clock is set after an outage.
+    /// A channel to the QEMU guest agent: the guest's clock is set whenever it goes on after it stood still.
     #[serde(default)]
     pub guest_agent: bool,
     #[serde(default)]

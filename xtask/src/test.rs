@@ -13,7 +13,7 @@ use crate::stages::{self, Stages, cargo, show};
 use crate::{fuzz, sabotage, schedules};
 
 /// Scenarios with guests that measure no time.
-const UNHURRIED: [&str; 14] = [
+const UNHURRIED: [&str; 15] = [
     "guest_vssd",
     "guest_agent",
     "guest_agent_only",
@@ -28,6 +28,7 @@ const UNHURRIED: [&str; 14] = [
     "host_power_cut",
     "host_kill",
     "host_rotate",
+    "host_clock",
 ];
 
 #[derive(Debug, clap::Args)]

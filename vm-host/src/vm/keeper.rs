@@ -12,23 +12,20 @@
 //! ```
 
 use std::fs;
-use std::io::Write;
-use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
-use serde_json::json;
 use tracing::{error, info, warn};
 use vssd_protocol::control::ErrorCode;
 
 use super::console::Console;
 use super::save::{Found, Kept};
 use super::status::{Status, VmState, Work};
-use super::{Answer, Letter, Order, Shared, VmNews, swap};
+use super::{Answer, Letter, Order, Shared, VmNews, clock, swap};
 use crate::definition::Definition;
 use crate::fault::Fault;
 use crate::nvram::{Nvram, SavedState};
@@ -37,8 +34,8 @@ use crate::vmm::{Begin, Launch, Machine, Memory, Places, RunState, VmmError};
 
 /// How often those who watch long work see it.
 const SHOWN_EVERY: Duration = Duration::from_millis(100);
-/// A guest's agent that does not answer must not keep a thread for ever.
-const AGENT_LIMIT: Duration = Duration::from_secs(5);
+/// A guest's agent that does not answer must not keep a thread for ever; one whose guest was just restored, beside many others, is slow.
+const AGENT_LIMIT: Duration = Duration::from_secs(30);
 
 type Done = Result<(), Fault>;
 
@@ -228,7 +225,7 @@ impl Keeper {
             return Err(gone(self.name()));
         };
         if self.machine.is_some() {
-            return self.go(launch, "resumed");
+            return self.go_on(launch, "resumed");
         }
         let begun = Instant::now();
         let name = self.name().to_owned();
@@ -252,7 +249,7 @@ impl Keeper {
     /// be tried again.
     fn restore(&mut self, saved: &SavedState, launch: Launch) -> Done {
         self.launch(&launch, Begin::Restore)?;
-        let loaded = self.load(saved, &launch).and_then(|()| self.go(launch, "restored"));
+        let loaded = self.load(saved, &launch).and_then(|()| self.go_on(launch, "restored"));
         if let Err(fault) = loaded {
             if self.state() == VmState::Saved {
                 self.end_machine();
@@ -260,7 +257,6 @@ impl Keeper {
             self.with_status(|status| status.blame(Some(&fault)));
             return Err(fault);
         }
-        self.set_guest_clock();
         Ok(())
     }
 
@@ -339,7 +335,7 @@ impl Keeper {
             Some(RunState::Stopped) if self.record.wanted == Wanted::Running => {
                 // The daemon ended in the middle of a save. Whether there is a state or not, the guest is whole.
                 self.enter(VmState::Paused, "found stopped");
-                self.go(launch, "resumed: the daemon had ended while it was being saved")
+                self.go_on(launch, "resumed: the daemon had ended while it was being saved")
             }
             Some(RunState::Stopped) => self.recover_saved(&launch),
             Some(RunState::AwaitsState) | None => {
@@ -530,6 +526,13 @@ impl Keeper {
         Ok(())
     }
 
+    /// Lets a guest that stood still run.
+    fn go_on(&mut self, launch: Launch, why: &str) -> Done {
+        self.go(launch, why)?;
+        self.set_guest_clock();
+        Ok(())
+    }
+
     /// Writes down what the guest says. A log that cannot be written is no reason to harm it.
     fn open_console(&mut self) {
         let log = self.shared.console_log(self.name());
@@ -635,26 +638,20 @@ impl Keeper {
         Fault::new(ErrorCode::WrongState, format!("{} has ended: {why}", self.name()))
     }
 
-    /// A guest's wall clock stood still while the power was gone. Its agent sets it; who has none asks a time server.
+    /// Has the guest's agent set its clock, beside everything else: it may be slow, or not there.
     fn set_guest_clock(&self) {
         if !self.record.definition.guest_agent {
             return;
         }
         let (path, vm) = (self.places.guest_agent.clone(), self.name().to_owned());
-        let set = move || -> std::io::Result<()> {
-            let mut agent = UnixStream::connect(path)?;
-            agent.set_write_timeout(Some(AGENT_LIMIT))?;
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            let time = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
-            // 0xff makes the agent forget half a request of before.
-            agent.write_all(b"\xff")?;
-            writeln!(agent, "{}", json!({ "execute": "guest-set-time", "arguments": { "time": time } }))
+        let set = move || match clock::set(&path, AGENT_LIMIT) {
+            Ok(()) => info!(vm, "the guest's agent has set its clock"),
+            Err(error) => {
+                let fault = Fault::of(ErrorCode::TimedOut, &error);
+                warn!(vm, "the guest's clock is behind by as long as it stood still: {fault}");
+            }
         };
-        let spawned = thread::Builder::new().name("guest clock".to_owned()).spawn(move || match set() {
-            Ok(()) => info!(vm, "the guest's agent was told the time"),
-            Err(error) => warn!(vm, %error, "cannot tell the guest's agent the time"),
-        });
-        if let Err(error) = spawned {
+        if let Err(error) = thread::Builder::new().name("guest clock".to_owned()).spawn(set) {
             warn!(vm = self.name(), %error, "cannot start a thread");
         }
     }

@@ -11,6 +11,7 @@
 //! Nothing is shared between two VMs that one could hold and the other need: a guest whose disk hangs keeps no other from being
 //! saved. Whether a VM *may* run (budget, power) is the host's to say; this module knows neither.
 
+mod clock;
 mod console;
 mod keeper;
 mod save;

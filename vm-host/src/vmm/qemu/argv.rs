@@ -57,6 +57,9 @@ impl Emulator {
         args.pair("-accel", accel);
         let cpu = definition.cpu.as_deref().unwrap_or(if accel == "kvm" { "host" } else { "max" });
         args.pair("-cpu", cpu);
+        // The defaults, said because a guest relies on them: its hardware clock goes on with the host's while the guest stands still and
+        // after it is restored, so that one without an agent can read the time there. With `clock=vm` it would stand still, too.
+        args.pair("-rtc", "base=utc,clock=host");
         args.pair("-smp", definition.cpus.to_string());
         args.pair("-m", format!("{}M", definition.memory.0 >> 20));
         self.boot(definition, &mut args);
