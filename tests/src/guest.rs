@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, Job, Output};
@@ -226,6 +226,13 @@ impl Guest {
         if !status.success() {
             bail!("QEMU ended with {status} at power off");
         }
+        Ok(())
+    }
+
+    /// Waits until a shutdown that was asked for has ended QEMU.
+    pub fn wait_off(mut self, limit: Duration) -> Result<()> {
+        let status = self.parts.process.wait(limit).with_context(|| self.console_tail(40))?;
+        ensure!(status.success(), "QEMU ended with {status}");
         Ok(())
     }
 

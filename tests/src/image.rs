@@ -47,8 +47,11 @@ const TOOLS: &[&str] = &[
 ];
 
 const ETC: &[(&str, &str)] = &[
-    ("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/sh\n"),
-    ("etc/group", "root:x:0:\ndisk:x:6:\nnogroup:x:65534:\n"),
+    (
+        "etc/passwd",
+        "root:x:0:0:root:/root:/bin/sh\nmessagebus:x:100:100::/:/bin/false\nnobody:x:65534:65534:nobody:/:/bin/sh\n",
+    ),
+    ("etc/group", "root:x:0:\ndisk:x:6:\nmessagebus:x:100:\nnogroup:x:65534:\n"),
     ("etc/profile", "export PATH=/tools:/usr/sbin:/usr/bin:/sbin:/bin PS1='guest# '\n"),
 ];
 
@@ -229,6 +232,34 @@ impl ImageBuilder {
             .file("/etc/systemd/system/multi-user.target.d/wanted.conf", &ours.join("wanted.conf")))
     }
 
+    /// Adds a message bus and systemd's own logind, which announces shutdowns on it, to [`Self::systemd`].
+    pub fn logind(mut self) -> Result<Self> {
+        const DIR: &str = "/lib/systemd";
+        const DBUS: &str = "/usr/share/dbus-1";
+        let logind = Path::new(DIR).join("systemd-logind");
+        self.programs.push(Program::new("usr/lib/systemd/systemd-logind".to_owned(), logind));
+        self.programs.push(Program::new("usr/bin/dbus-daemon".to_owned(), paths::tool("dbus-daemon")?));
+        self = self.tool("busctl").tool("systemd-inhibit");
+        for unit in [
+            "dbus.service",
+            "dbus.socket",
+            "systemd-logind.service",
+            "systemd-poweroff.service",
+            "systemd-reboot.service",
+            "user.slice",
+        ] {
+            let host = Path::new(DIR).join("system").join(unit);
+            self = self.file(&format!("/usr/lib/systemd/system/{unit}"), &host);
+        }
+        for config in
+            ["system.conf", "system.d/org.freedesktop.login1.conf", "system.d/org.freedesktop.systemd1.conf"]
+        {
+            let path = format!("{DBUS}/{config}");
+            self = self.file(&path, Path::new(&path));
+        }
+        Ok(self)
+    }
+
     /// Makes the image, or finds the one made before from the same inputs.
     pub fn build(self) -> Result<GuestImage> {
         let inputs = self.inputs()?;
@@ -351,6 +382,7 @@ impl Inputs {
             archive.directory(&format!("usr/{link}"));
             archive.link(link, &format!("usr/{link}"));
         }
+        archive.link("var/run", "/run");
         archive.link("etc/mtab", "/proc/mounts");
         archive.file("init", INIT.as_bytes().to_vec(), 0o755);
         for (path, text) in ETC {

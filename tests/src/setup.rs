@@ -41,6 +41,8 @@ const NEEDS: &[Need] = &[
     need("nut-server", "/lib/nut/dummy-ups"),
     need("nut-client", "upsc"),
     need("dbus-daemon", "dbus-daemon"),
+    // The system bus's units and configuration, for guests.
+    need("dbus", "/lib/systemd/system/dbus.socket"),
     need("make", "make"),
     need("gcc-12", "gcc-12"),
     need("binutils", "strip"),

@@ -13,7 +13,7 @@ use crate::stages::{self, Stages, cargo, show};
 use crate::{fuzz, sabotage, schedules};
 
 /// Scenarios with guests that measure no time.
-const UNHURRIED: [&str; 15] = [
+const UNHURRIED: [&str; 16] = [
     "guest_vssd",
     "guest_agent",
     "guest_agent_only",
@@ -29,6 +29,7 @@ const UNHURRIED: [&str; 15] = [
     "host_kill",
     "host_rotate",
     "host_clock",
+    "host_service",
 ];
 
 #[derive(Debug, clap::Args)]
