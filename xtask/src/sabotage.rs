@@ -120,13 +120,22 @@ pub(crate) fn run(broken: &Broken, scenarios: &[Program]) -> Result<()> {
     let mut missed = Vec::new();
     for fault in &FAULTS {
         let started = Instant::now();
-        let mut test = tests.command(fault.suite, fault.test)?;
-        test.env("VSSD_SABOTAGE", fault.name);
-        if passes(test)? {
+        // A scenario meets its fault in a race with another processor, which may have something else to do.
+        let attempts = if matches!(fault.suite, Suite::Scenario(_)) { 3 } else { 1 };
+        let mut noticed = false;
+        for _ in 0..attempts {
+            let mut test = tests.command(fault.suite, fault.test)?;
+            test.env("VSSD_SABOTAGE", fault.name);
+            noticed = !passes(test)?;
+            if noticed {
+                break;
+            }
+        }
+        if noticed {
+            eprintln!("caught {} by {} in {:.1} s", fault.name, fault.test, started.elapsed().as_secs_f64());
+        } else {
             eprintln!("MISSED {} by {}", fault.name, fault.test);
             missed.push(fault.name);
-        } else {
-            eprintln!("caught {} by {} in {:.1} s", fault.name, fault.test, started.elapsed().as_secs_f64());
         }
     }
     if !missed.is_empty() {
