@@ -17,6 +17,7 @@ pub mod client;
 pub mod experiment;
 pub mod memory;
 pub mod meter;
+pub mod nv_hypervisor;
 pub mod paper;
 pub mod peer;
 pub mod persistence;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! `cargo xtask bench datapath`, `paper`, `persistence` and `power-cut`, which build everything and start this.
+//! `cargo xtask bench datapath`, `paper`, `persistence`, `nv-hypervisor` and `power-cut`, which build everything and start this.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 use vssd_bench::cases::{self, Case};
 use vssd_bench::experiment;
+use vssd_bench::nv_hypervisor;
 use vssd_bench::paper;
 use vssd_bench::peer::{Media, Pages};
 use vssd_bench::persistence;
@@ -31,6 +32,8 @@ enum Command {
     Paper(paper::Args),
     /// How long VMs take to be saved, and to run again
     Persistence(persistence::Args),
+    /// A database after a power cut: rebooted, and continued from NV-RAM
+    NvHypervisor(nv_hypervisor::Args),
     /// Power cuts of an emulated host with persistent guests
     PowerCut(persistence::PowerCutArgs),
 }
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Command::Datapath(args) => datapath(&args),
         Command::Paper(args) => paper::run(&args).map(code),
         Command::Persistence(args) => persistence::run(&args).map(code),
+        Command::NvHypervisor(args) => nv_hypervisor::run(&args).map(code),
         Command::PowerCut(args) => persistence::power_cut(&args).map(code),
     };
     match outcome {

@@ -142,6 +142,15 @@ impl PrivateApt {
     /// What installing `package` from `suite` would add to this system, as `name=version`: the package and each
     /// dependency that the system lacks or has too old.
     pub fn missing_closure(&self, package: &str, suite: &str) -> Result<Vec<String>> {
+        let found = self.lacking(package, suite)?;
+        if found.is_empty() {
+            bail!("apt would install nothing for {package} from {suite}");
+        }
+        Ok(found)
+    }
+
+    /// As [`PrivateApt::missing_closure`], of a package that the system may have: then it is nothing.
+    pub fn lacking(&self, package: &str, suite: &str) -> Result<Vec<String>> {
         let text = process::run(self.command("apt-get")?.args([
             "-o",
             "Dir::State::status=/var/lib/dpkg/status",
@@ -153,7 +162,7 @@ impl PrivateApt {
             package,
         ]))?;
         // Inst NAME [OLD VERSION] (NEW VERSION ORIGIN [ARCH]) …
-        let found: Vec<String> = text
+        Ok(text
             .lines()
             .filter_map(|line| {
                 let line = line.strip_prefix("Inst ")?;
@@ -161,11 +170,7 @@ impl PrivateApt {
                 let version = line.split_once('(')?.1.split_whitespace().next()?;
                 Some(format!("{name}={version}"))
             })
-            .collect();
-        if found.is_empty() {
-            bail!("apt would install nothing for {package} from {suite}");
-        }
-        Ok(found)
+            .collect())
     }
 
     /// Downloads `packages` (`name` or `name=version`) and unpacks them all below `into`.

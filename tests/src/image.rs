@@ -171,6 +171,25 @@ impl ImageBuilder {
         Ok(self)
     }
 
+    /// Adds a program of an unpacked Debian package at its place in the tree `root`, with its libraries: the tree's before the system's.
+    #[must_use]
+    pub fn unpacked(mut self, root: &Path, program: &str) -> Self {
+        self.programs.push(Program {
+            guest: program.to_owned(),
+            host: root.join(program),
+            libraries: Some(root.join(LIBRARIES)),
+        });
+        self
+    }
+
+    /// Adds a folder of an unpacked Debian package at its place in the tree `root`, with all that is in it.
+    pub fn unpacked_dir(mut self, root: &Path, dir: &str) -> Result<Self> {
+        for path in walk(&root.join(dir))? {
+            self.files.push((path.strip_prefix(root)?.to_string_lossy().into_owned(), path));
+        }
+        Ok(self)
+    }
+
     /// Adds a QEMU, with what it reads from its data folders for a machine without a display and a network card.
     pub fn qemu(mut self, qemu: &QemuBinary) -> Result<Self> {
         for name in ["bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin"] {

@@ -87,7 +87,9 @@ impl VmHost {
         )
     }
 
-    fn agent(&self, name: &str) -> PathBuf {
+    /// Where the QEMU of a VM defined by [`VmHost::definition`] serves the port of its agent; what is defined otherwise must, too, for
+    /// [`VmHost::run`].
+    pub fn agent(&self, name: &str) -> PathBuf {
         self.live().join(format!("{name}.agent"))
     }
 

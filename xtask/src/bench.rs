@@ -16,7 +16,7 @@ pub(crate) struct Args {
     #[arg(
         trailing_var_arg = true,
         allow_hyphen_values = true,
-        value_name = "datapath|paper|persistence|power-cut …"
+        value_name = "datapath|paper|persistence|nv-hypervisor|power-cut …"
     )]
     args: Vec<OsString>,
 }

@@ -18,9 +18,9 @@ mod correctness;
 mod eviction;
 mod host;
 mod lab;
-mod plots;
+pub(crate) mod plots;
 mod progress;
-mod report;
+pub(crate) mod report;
 mod resize;
 
 use std::path::PathBuf;

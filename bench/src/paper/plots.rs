@@ -16,20 +16,20 @@ use crate::report::figures::{seconds, share};
 use crate::stats::Confidence;
 
 /// What is ours, or the guest's.
-const BLUE: RGBColor = RGBColor(47, 111, 176);
+pub(crate) const BLUE: RGBColor = RGBColor(47, 111, 176);
 /// What it is compared with.
-const ORANGE: RGBColor = RGBColor(217, 119, 30);
-const GREY: RGBColor = RGBColor(150, 150, 150);
-const FAINT: RGBColor = RGBColor(228, 228, 228);
+pub(crate) const ORANGE: RGBColor = RGBColor(217, 119, 30);
+pub(crate) const GREY: RGBColor = RGBColor(150, 150, 150);
+pub(crate) const FAINT: RGBColor = RGBColor(228, 228, 228);
 
 const FONT: (&str, u32) = ("sans-serif", 14);
-const SMALL: (&str, u32) = ("sans-serif", 12);
+pub(crate) const SMALL: (&str, u32) = ("sans-serif", 12);
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-type Chart<'a, 'b, X, Y> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<X, Y>>;
+pub(crate) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub(crate) type Chart<'a, 'b, X, Y> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<X, Y>>;
 
 /// Draws on white paper of this size.
-fn svg(size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
+pub(crate) fn svg(size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<String> {
     let mut text = String::new();
     let area = SVGBackend::with_string(&mut text, size).into_drawing_area();
     area.fill(&WHITE)?;
@@ -39,7 +39,7 @@ fn svg(size: (u32, u32), draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<S
     Ok(text)
 }
 
-fn chart<'a, 'b>(
+pub(crate) fn chart<'a, 'b>(
     area: &'a Area<'b>,
     title: &str,
     x: std::ops::Range<f64>,
@@ -55,7 +55,7 @@ fn chart<'a, 'b>(
 }
 
 /// Axes with names, and a faint grid.
-fn axes<X, Y>(
+pub(crate) fn axes<X, Y>(
     chart: &mut Chart<'_, '_, X, Y>,
     (x, x_label): (&str, &dyn Fn(&f64) -> String),
     (y, y_label): (&str, &dyn Fn(&f64) -> String),
@@ -80,7 +80,7 @@ where
     Ok(())
 }
 
-fn whole(value: &f64) -> String {
+pub(crate) fn whole(value: &f64) -> String {
     format!("{value:.0}")
 }
 
@@ -125,7 +125,10 @@ pub(super) fn correctness(points: &[(i64, f64, f64)]) -> Result<String> {
     })
 }
 
-fn legend<'a, 'b: 'a, X, Y>(chart: &mut Chart<'a, 'b, X, Y>, position: SeriesLabelPosition) -> Result<()>
+pub(crate) fn legend<'a, 'b: 'a, X, Y>(
+    chart: &mut Chart<'a, 'b, X, Y>,
+    position: SeriesLabelPosition,
+) -> Result<()>
 where
     X: Ranged<ValueType = f64>,
     Y: Ranged<ValueType = f64>,

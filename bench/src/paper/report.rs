@@ -21,7 +21,7 @@ pub(super) struct Section {
 }
 
 /// A table in Markdown; all columns but the first are numbers.
-pub(super) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let mut text =
         format!("| {} |\n|---|{}\n", head.join(" | "), "---:|".repeat(head.len().saturating_sub(1)));
     for row in rows {
@@ -31,7 +31,7 @@ pub(super) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 }
 
 /// Lines of comma-separated values.
-pub(super) fn csv(head: &str, rows: impl IntoIterator<Item = String>) -> String {
+pub(crate) fn csv(head: &str, rows: impl IntoIterator<Item = String>) -> String {
     rows.into_iter().fold(format!("{head}\n"), |text, row| text + &row + "\n")
 }
 
