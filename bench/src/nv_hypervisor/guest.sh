@@ -46,7 +46,7 @@ serve() {
 # What the cut may have torn ends here.
 say
 grep -q ^postgres: /etc/passwd || echo 'postgres:x:70:70::/data:/bin/sh' >> /etc/passwd
-modprobe ext4
+/tools/modprobe ext4
 mkdir -p /data
 
 case $1 in
@@ -70,6 +70,8 @@ autovacuum = off" >> $DATA/postgresql.conf
 run)
     mount -t ext4 /dev/vda /data || fail "mount"
     say "S mounted"
+    # Of the life that was cut: its process number may be another's of the same user by now.
+    rm -f $DATA/postmaster.pid
     serve
     say "S serving"
     # Some twenty updates a second: enough to see when the database answers, too few to be a load.

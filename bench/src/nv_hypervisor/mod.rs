@@ -94,7 +94,8 @@ pub fn run(args: &Args) -> Result<bool> {
     let commodity = arm::run(&database, &pool, Memory::Ordinary, &plan).context("the commodity arm")?;
     eprintln!("persistent: load, power cut, continue");
     let persistent = arm::run(&database, &pool, Memory::Nvram, &plan).context("the persistent arm")?;
-    let report = report::Report { plan, quick: args.quick, database: &database, commodity, persistent };
+    let report =
+        report::Report { plan, quick: args.quick, database: database.version, commodity, persistent };
     let path = report.write(&out)?;
     print!("{}", report.summary());
     println!("report: {}", path.display());

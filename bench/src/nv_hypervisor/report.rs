@@ -14,7 +14,6 @@ use vssd_tests::qemu::{Accel, probed_accel};
 
 use super::Plan;
 use super::arm::{DARK, Outcome};
-use super::database::Database;
 use super::host::{MEMORY, PROCESSORS};
 use super::rates::FULL;
 use crate::paper::plots;
@@ -39,10 +38,11 @@ const NOTHING: &str = "–";
 const NOT_PART: &str = "not part";
 
 #[derive(Debug)]
-pub(super) struct Report<'a> {
+pub(super) struct Report {
     pub(super) plan: Plan,
     pub(super) quick: bool,
-    pub(super) database: &'a Database,
+    /// PostgreSQL's version.
+    pub(super) database: String,
     pub(super) commodity: Outcome,
     pub(super) persistent: Outcome,
 }
@@ -59,7 +59,7 @@ fn or_nothing(value: Option<f64>) -> String {
     value.map_or_else(|| NOTHING.to_owned(), seconds)
 }
 
-impl Report<'_> {
+impl Report {
     fn verdicts(&self) -> Vec<Verdict> {
         let (commodity, persistent) = (&self.commodity, &self.persistent);
         let ratio = commodity.full_speed().zip(persistent.full_speed()).map(|(ours, theirs)| ours / theirs);
@@ -198,7 +198,7 @@ impl Report<'_> {
             format!(
                 "Database: PostgreSQL {}, 400 MB of shared buffers, ext4 on a vSSD; pgbench, scale {} (about {} MiB), 4 clients, nine reads \
                  of a random account to one update.",
-                self.database.version,
+                self.database,
                 self.plan.scale,
                 self.plan.scale * 15
             ),
@@ -334,4 +334,68 @@ fn plot(commodity: &Outcome, persistent: &Outcome) -> Result<String> {
     drop(chart);
     drop(area);
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nv_hypervisor::rates::Point;
+
+    fn outcome(boot: Option<f64>, recovery: f64, warm_up: Option<f64>) -> Outcome {
+        let rates = (-20i32..40).filter(|at| !(0..5).contains(at)).map(|at| Point {
+            at: f64::from(at),
+            tps: if at < 0 || boot.is_none() { 1000.0 } else { 500.0 },
+        });
+        Outcome {
+            save: boot.is_none().then_some(0.2),
+            daemons: 0.5,
+            qemu: 0.25,
+            boot,
+            recovery,
+            warm_up,
+            back: 5.0,
+            before: 1000.0,
+            acknowledged: 300,
+            lost: 0,
+            connected: boot.is_none(),
+            rates: rates.collect(),
+            ledger: vec![(-1.0, 300), (7.0, 301)],
+        }
+    }
+
+    fn report(commodity: Outcome, persistent: Outcome) -> Report {
+        Report { plan: Plan::QUICK, quick: true, database: "15.1".into(), commodity, persistent }
+    }
+
+    #[test]
+    fn the_table_adds_the_steps_up_beside_the_originals() {
+        let report = report(outcome(Some(10.0), 3.0, Some(30.0)), outcome(None, 0.05, Some(0.5)));
+        let rows = report.rows();
+        let of = |what: &str| rows.iter().find(|row| row[0].contains(what)).unwrap().clone();
+        assert_eq!(of("without the host")[1..], ["651", "8.0", "44", "1.3"]);
+        assert_eq!(of("power on")[1..3], ["810", "276"]);
+        assert_eq!(of("guest OS boot")[1..], ["31", "–", "10", "–"]);
+        assert!(report.reached());
+        let out = tempfile::tempdir().unwrap();
+        report.write(out.path()).unwrap();
+        let rates = fs::read_to_string(out.path().join("rates.csv")).unwrap();
+        assert_eq!(rates.lines().count(), 1 + 2 * 55);
+        let plot = fs::read_to_string(out.path().join("rates.svg")).unwrap();
+        assert!(plot.contains("full speed after 1.3 s") && plot.contains("full speed after 44 s"));
+    }
+
+    #[test]
+    fn what_was_lost_or_never_reached_is_missed() {
+        let good = || (outcome(Some(10.0), 3.0, Some(30.0)), outcome(None, 0.05, Some(0.5)));
+        let (commodity, mut persistent) = good();
+        persistent.lost = 1;
+        assert!(!report(commodity, persistent).reached());
+        let (commodity, mut persistent) = good();
+        persistent.connected = false;
+        assert!(!report(commodity, persistent).reached());
+        let (commodity, mut persistent) = good();
+        persistent.warm_up = None;
+        let missed = report(commodity, persistent);
+        assert!(!missed.reached() && missed.summary().contains("not within 120 s"), "{}", missed.summary());
+    }
 }
