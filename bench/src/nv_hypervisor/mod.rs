@@ -24,6 +24,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use vssd_tests::qemu::probed_accel;
 use vssd_tests::serial::guest_slot;
 use vssd_tests::{paths, process};
 
@@ -94,8 +95,14 @@ pub fn run(args: &Args) -> Result<bool> {
     let commodity = arm::run(&database, &pool, Memory::Ordinary, &plan).context("the commodity arm")?;
     eprintln!("persistent: load, power cut, continue");
     let persistent = arm::run(&database, &pool, Memory::Nvram, &plan).context("the persistent arm")?;
-    let report =
-        report::Report { plan, quick: args.quick, database: database.version, commodity, persistent };
+    let report = report::Report {
+        plan,
+        quick: args.quick,
+        accel: probed_accel(),
+        database: database.version,
+        commodity,
+        persistent,
+    };
     let path = report.write(&out)?;
     print!("{}", report.summary());
     println!("report: {}", path.display());

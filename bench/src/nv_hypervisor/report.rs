@@ -10,7 +10,7 @@ use comfy_table::{Cell, CellAlignment, Table, presets};
 use plotters::prelude::{
     Color, IntoDrawingArea, LineSeries, PathElement, Rectangle, SVGBackend, Text, WHITE,
 };
-use vssd_tests::qemu::{Accel, probed_accel};
+use vssd_tests::qemu::Accel;
 
 use super::Plan;
 use super::arm::{DARK, Outcome};
@@ -41,6 +41,7 @@ const NOT_PART: &str = "not part";
 pub(super) struct Report {
     pub(super) plan: Plan,
     pub(super) quick: bool,
+    pub(super) accel: Accel,
     /// PostgreSQL's version.
     pub(super) database: String,
     pub(super) commodity: Outcome,
@@ -182,7 +183,7 @@ impl Report {
     /// What the figures are of.
     fn about(&self) -> Vec<String> {
         let computer = Computer::look();
-        let processors = match probed_accel() {
+        let processors = match self.accel {
             Accel::Kvm => "under KVM",
             Accel::Tcg => {
                 "on **emulated processors**: what a processor does in a guest (boot, recovery, warm-up, transactions) takes many times as \
@@ -364,7 +365,14 @@ mod tests {
     }
 
     fn report(commodity: Outcome, persistent: Outcome) -> Report {
-        Report { plan: Plan::QUICK, quick: true, database: "15.1".into(), commodity, persistent }
+        Report {
+            plan: Plan::QUICK,
+            quick: true,
+            accel: Accel::Tcg,
+            database: "15.1".into(),
+            commodity,
+            persistent,
+        }
     }
 
     #[test]
