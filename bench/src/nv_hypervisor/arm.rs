@@ -150,8 +150,7 @@ pub(super) fn run(database: &Database, pool: &Path, memory: Memory, plan: &Plan)
         back: since(back),
         before,
         acknowledged,
-        // The first update after the cut says how far the ledger was.
-        lost: (acknowledged + 1).saturating_sub(number),
+        lost: rates::lost(acknowledged, number),
         connected: runs_after.is_some_and(|runs| runs > load_ran),
         rates: points(heard),
         ledger: heard

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Throughput over time: what it was before a cut, and when it is that again. Values only.
+//! Throughput over time, what it was before a cut and when it is that again; and what a ledger has lost. Values only.
 
 use crate::stats::median;
 
@@ -32,9 +32,21 @@ pub(super) fn full_speed(points: &[Point], back: f64, before: f64) -> Option<f64
     })
 }
 
+/// How many of the updates up to `acknowledged` are not there, if the first after the cut makes the ledger `next`. One that was made and
+/// whose acknowledgement the cut took away is none.
+pub(super) fn lost(acknowledged: u64, next: u64) -> u64 {
+    (acknowledged + 1).saturating_sub(next)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_ledger_that_goes_on_behind_the_last_acknowledged_update_has_lost_none() {
+        assert_eq!([lost(41, 42), lost(41, 43)], [0, 0]);
+        assert_eq!([lost(41, 41), lost(41, 1)], [1, 41], "made again");
+    }
 
     fn points(from: f64, rates: &[f64]) -> Vec<Point> {
         (0u32..).map(f64::from).zip(rates).map(|(at, tps)| Point { at: from + at, tps: *tps }).collect()
