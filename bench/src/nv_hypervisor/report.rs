@@ -289,7 +289,7 @@ impl Report {
 /// Throughput of both arms over time, the cut and the time without power.
 fn plot(commodity: &Outcome, persistent: &Outcome) -> Result<String> {
     let all = || commodity.rates.iter().chain(&persistent.rates);
-    let most = all().map(|point| point.tps).fold(1.0, f64::max) * 1.2;
+    let most = all().map(|point| point.tps).fold(1.0, f64::max) * 1.4;
     let first = all().map(|point| point.at).fold(0.0, f64::min).max(-40.0);
     let last = all().map(|point| point.at).fold(DARK.as_secs_f64(), f64::max) + 1.0;
     let back = commodity.back.max(persistent.back);
@@ -325,9 +325,11 @@ fn plot(commodity: &Outcome, persistent: &Outcome) -> Result<String> {
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
         if let Some(full) = arm.full_speed() {
             let at = arm.back + full;
-            chart.draw_series([PathElement::new([(at, 0.0), (at, most * 0.84)], colour.stroke_width(1))])?;
+            chart.draw_series([PathElement::new([(at, 0.0), (at, most * 0.78)], colour.stroke_width(1))])?;
             let text = format!("full speed after {} s", seconds(full));
-            chart.draw_series([Text::new(text, (at, most * 0.84), plots::SMALL)])?;
+            // Beside the line, on the side where there is room.
+            let width = (last - first) * if at > f64::midpoint(first, last) { -0.17 } else { 0.01 };
+            chart.draw_series([Text::new(text, (at + width, most * height), plots::SMALL)])?;
         }
     }
     plots::legend(&mut chart, plotters::chart::SeriesLabelPosition::UpperRight)?;
