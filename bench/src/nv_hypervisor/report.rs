@@ -307,9 +307,9 @@ fn plot(commodity: &Outcome, persistent: &Outcome) -> Result<String> {
         .draw_series([PathElement::new([(0.0, 0.0), (0.0, most)], plots::GREY.stroke_width(2))])?
         .label("power cut, and no power")
         .legend(|(x, y)| Rectangle::new([(x, y - 5), (x + 18, y + 5)], plots::GREY.mix(0.3).filled()));
-    for (arm, name, colour) in [
-        (commodity, "commodity: rebooted", plots::ORANGE),
-        (persistent, "persistent: continued", plots::BLUE),
+    for (arm, name, colour, height) in [
+        (commodity, "commodity: rebooted", plots::ORANGE, 0.06),
+        (persistent, "persistent: continued", plots::BLUE, 0.12),
     ] {
         // Nothing was reported in between, and a line across it would say that something was.
         let (before, after): (Vec<_>, Vec<_>) = arm
