@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use vssd_tests::backend::{Backend, control_socket, pool_command};
+use vssd_tests::backend::{Backend, control_socket, device_socket, pool_command};
 use vssd_tests::ctl::Ctl;
 use vssd_tests::image::GuestImage;
 use vssd_tests::process;
@@ -90,11 +90,12 @@ impl Host {
              extra = ['-device', 'virtio-serial-pci,id=vser', '-chardev', 'socket,id=agent0,path={},server=on,wait=off', \
              '-device', 'virtserialport,bus=vser.0,chardev=agent0,name={PORT_NAME}', \
              '-chardev', 'file,id=news0,path={},append=on', '-device', 'virtserialport,bus=vser.0,chardev=news0,name=news']\n\
-             [[vssd]]\nname = '{DISK}'\n",
+             [[vssd]]\nname = '{DISK}'\nsocket = '{}'\n",
             image.kernel().image().display(),
             image.initramfs().display(),
             self.vm_host.agent(VM).display(),
             self.news.path().display(),
+            device_socket(&self.vm_host.live().join("vssd"), DISK).display(),
         ))
     }
 
