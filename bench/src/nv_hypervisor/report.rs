@@ -20,6 +20,7 @@ use crate::paper::plots;
 use crate::paper::report::csv;
 use crate::report::Verdict;
 use crate::report::machine::Host as Computer;
+use crate::stats::range;
 
 /// Seconds there: commodity and NV-Hypervisor. Two Xeons, MySQL, sysbench.
 const ORIGINAL_HOST: [(&str, Option<f64>, Option<f64>); 4] = [
@@ -32,6 +33,9 @@ const ORIGINAL_QEMU: (f64, f64) = (0.2, 8.0);
 const ORIGINAL_BOOT: f64 = 31.0;
 const ORIGINAL_RECOVERY: f64 = 54.0;
 const ORIGINAL_WARM_UP: f64 = 566.0;
+
+/// How far the two rates before the cut may lie apart.
+const SAME: f64 = 1.2;
 
 /// A place of the table that has no figure.
 const NOTHING: &str = "–";
@@ -214,6 +218,14 @@ impl Report {
                 self.plan.median
             ),
         ];
+        let (low, high) = range(&[self.commodity.before, self.persistent.before]);
+        if high > low * SAME {
+            lines.push(
+                "**Disturbed**: before the cut, when both arms are the same, their rates differ by more than a fifth. Something else kept the \
+                 machine busy, and what is full speed of one is not of the other."
+                    .to_owned(),
+            );
+        }
         if self.quick {
             lines.push(
                 "**Quick form**: small tables and a short load. It shows that the comparison works, its figures are not to be quoted."
@@ -385,7 +397,7 @@ mod tests {
         assert_eq!(of("without the host")[1..], ["651", "8.0", "44", "1.3"]);
         assert_eq!(of("power on")[1..3], ["810", "276"]);
         assert_eq!(of("guest OS boot")[1..], ["31", "–", "10", "–"]);
-        assert!(report.reached());
+        assert!(report.reached() && !report.summary().contains("Disturbed"));
         let out = tempfile::tempdir().unwrap();
         report.write(out.path()).unwrap();
         let rates = fs::read_to_string(out.path().join("rates.csv")).unwrap();
@@ -400,6 +412,9 @@ mod tests {
         let (commodity, mut persistent) = good();
         persistent.lost = 1;
         assert!(!report(commodity, persistent).reached());
+        let (commodity, mut persistent) = good();
+        persistent.before = 1500.0;
+        assert!(report(commodity, persistent).summary().contains("Disturbed"));
         let (commodity, mut persistent) = good();
         persistent.connected = false;
         assert!(!report(commodity, persistent).reached());
