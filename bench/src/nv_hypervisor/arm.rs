@@ -41,6 +41,8 @@ pub(super) struct Outcome {
     pub(super) lost: u64,
     /// Whether the load's connections went on.
     pub(super) connected: bool,
+    /// Processors that programs without a part in it kept busy, before the cut and since the first answer.
+    pub(super) others: [f64; 2],
     pub(super) rates: Vec<Point>,
     /// Seconds and number of each acknowledged update.
     pub(super) ledger: Vec<(f64, u64)>,
@@ -68,7 +70,9 @@ pub(super) fn run(database: &Database, pool: &Path, memory: Memory, plan: &Plan)
     let begun = Instant::now();
     host.script("run warm")?;
     host.news.wait_step("warm", begun, STEP)?;
+    let bystanders = host.bystanders()?;
     host.news.listen_for(plan.load)?;
+    let others_before = bystanders.cores()?;
 
     let event = Instant::now();
     let mut save = None;
@@ -114,6 +118,7 @@ pub(super) fn run(database: &Database, pool: &Path, memory: Memory, plan: &Plan)
     })?;
     let (answered, number) = first.context("the database does not answer after the cut")?;
 
+    let bystanders = host.bystanders()?;
     let since = |at: Instant| {
         // Before the cut is negative.
         at.checked_duration_since(cut).map_or_else(|| -(cut - at).as_secs_f64(), |time| time.as_secs_f64())
@@ -133,6 +138,7 @@ pub(super) fn run(database: &Database, pool: &Path, memory: Memory, plan: &Plan)
         .listen(plan.patience, |heard| rates::full_speed(&points(heard), since(back), before))?
         .map(|at| at.max(first_second));
     host.news.listen_for(plan.after)?;
+    let others = [others_before, bystanders.cores()?];
 
     let heard = host.news.heard();
     // A load that began anew counts from zero.
@@ -152,6 +158,7 @@ pub(super) fn run(database: &Database, pool: &Path, memory: Memory, plan: &Plan)
         acknowledged,
         lost: rates::lost(acknowledged, number),
         connected: runs_after.is_some_and(|runs| runs > load_ran),
+        others,
         rates: points(heard),
         ledger: heard
             .iter()

@@ -22,6 +22,7 @@ use vssd_tests::wire::PORT_NAME;
 
 use super::database::SCRIPT;
 use super::news::News;
+use crate::meter::Bystanders;
 use crate::peer::Media;
 
 /// The VM, and its vSSD.
@@ -144,6 +145,15 @@ impl Host {
         let partial = to.with_extension("partial");
         copy(&self.pool, &partial)?;
         std::fs::rename(&partial, to).with_context(|| format!("make {}", to.display()))
+    }
+
+    /// Watches programs that have no part in it, as long as these processes live.
+    pub(super) fn bystanders(&mut self) -> Result<Bystanders> {
+        let mut ours = vec![self.backend.pid()?];
+        for machine in self.vm_host.machines()? {
+            ours.push(u32::try_from(machine)?);
+        }
+        Bystanders::watch(ours)
     }
 
     /// An error if a daemon has complained.

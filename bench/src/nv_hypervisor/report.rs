@@ -34,6 +34,8 @@ const ORIGINAL_BOOT: f64 = 31.0;
 const ORIGINAL_RECOVERY: f64 = 54.0;
 const ORIGINAL_WARM_UP: f64 = 566.0;
 
+/// Processors that others may keep busy.
+const QUIET: f64 = 0.15;
 /// How far the two rates before the cut may lie apart.
 const SAME: f64 = 1.2;
 
@@ -218,13 +220,15 @@ impl Report {
                 self.plan.median
             ),
         ];
+        let others = [&self.commodity, &self.persistent].map(|arm| arm.others);
+        let (_, most) = range(&others.concat());
         let (low, high) = range(&[self.commodity.before, self.persistent.before]);
-        if high > low * SAME {
-            lines.push(
-                "**Disturbed**: before the cut, when both arms are the same, their rates differ by more than a fifth. Something else kept the \
-                 machine busy, and what is full speed of one is not of the other."
-                    .to_owned(),
-            );
+        if most > QUIET || high > low * SAME {
+            lines.push(format!(
+                "**Disturbed**: other programs kept up to {most:.1} processors busy; before the cut, where both arms are the same, the faster \
+                 made {:.1} times as many transactions. Not to be quoted.",
+                high / low
+            ));
         }
         if self.quick {
             lines.push(
@@ -373,6 +377,7 @@ mod tests {
             acknowledged: 300,
             lost: 0,
             connected: boot.is_none(),
+            others: [0.05, 0.1],
             rates: rates.collect(),
             ledger: vec![(-1.0, 300), (7.0, 301)],
         }
@@ -415,6 +420,9 @@ mod tests {
         let (commodity, mut persistent) = good();
         persistent.before = 1500.0;
         assert!(report(commodity, persistent).summary().contains("Disturbed"));
+        let (mut commodity, persistent) = good();
+        commodity.others[1] = 0.4;
+        assert!(report(commodity, persistent).summary().contains("up to 0.4 processors"));
         let (commodity, mut persistent) = good();
         persistent.connected = false;
         assert!(!report(commodity, persistent).reached());
