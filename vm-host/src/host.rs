@@ -81,7 +81,7 @@ impl Host {
             vmm,
             runtime_dir: config.runtime_dir.join("vms"),
             log_dir: config.log_dir.clone(),
-            vssd_dir: config.vssd.runtime_dir.clone(),
+            vssd_dir: config.vssd.runtime_dir.join("dev"),
             swap_dir: config.swap_dir(),
             teller,
         });

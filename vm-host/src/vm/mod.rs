@@ -48,6 +48,7 @@ pub struct Shared {
     /// Sockets and logs, a folder for each VM.
     pub runtime_dir: PathBuf,
     pub log_dir: PathBuf,
+    /// Where vssd-backend serves a socket for each vSSD.
     pub vssd_dir: PathBuf,
     /// The folder for what is swapped out.
     pub swap_dir: PathBuf,
