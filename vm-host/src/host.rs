@@ -319,10 +319,7 @@ impl Host {
         };
         match medium.nvram.as_ref().map_err(Clone::clone)?.capabilities().verdict() {
             Verdict::Keeps { .. } => Ok(()),
-            Verdict::Loses { why, advice } => {
-                Err(Fault::new(ErrorCode::Lint, format!("{name} would lose what guests store in it: {why}"))
-                    .hint(advice))
-            }
+            Verdict::Loses { why, advice } => Err(loses(name, &why, advice)),
         }
     }
 

@@ -13,6 +13,7 @@ use control_client::{
 use serde_json::{Value, json};
 use vm_host::definition::Definition;
 use vm_host::lint::lint;
+use vm_host::power::budget::Steps;
 use vm_host::vm::{LastSave, Status};
 use vm_host::wire::{DefineParams, NameParams, StopParams, VmList, method};
 
@@ -34,7 +35,7 @@ pub(super) fn list(session: &Session) -> Result<()> {
             vm.cpus.to_string(),
             or_nothing(vm.nvram.clone()),
             vm.priority.to_string(),
-            vm.last_save.map_or_else(|| NOTHING.to_owned(), |save| millis(save_us(&save))),
+            vm.last_save.map_or_else(|| NOTHING.to_owned(), |save| millis(save.steps.total_us())),
             or_nothing(Some(vm.why.clone())),
         ]
     });
@@ -163,18 +164,12 @@ pub(super) fn millis(us: u64) -> String {
     format!("{}.{} ms", us / 1000, us % 1000 / 100)
 }
 
-fn save_us(save: &LastSave) -> u64 {
-    [save.stop_us, save.save_us, save.commit_us, save.flush_us]
-        .iter()
-        .fold(0, |sum, us| sum.saturating_add(*us))
-}
-
 fn last_save(out: &Output, save: &LastSave) -> String {
-    let [stop, state, commit, flush] =
-        [save.stop_us, save.save_us, save.commit_us, save.flush_us].map(millis);
+    let Steps { stop_us, save_us, commit_us, flush_us } = save.steps;
+    let [stop, state, commit, flush] = [stop_us, save_us, commit_us, flush_us].map(millis);
     format!(
         "{} (stop {stop}, state of {} {state}, commit {commit}, flush {flush})",
-        millis(save_us(save)),
+        millis(save.steps.total_us()),
         out.size(save.state_bytes)
     )
 }
@@ -186,8 +181,7 @@ mod tests {
     #[test]
     fn times_of_saves_are_in_milliseconds() {
         assert_eq!([millis(0), millis(999), millis(12_340)], ["0.0 ms", "0.9 ms", "12.3 ms"]);
-        let save =
-            LastSave { unix_ms: 0, state_bytes: 1, stop_us: u64::MAX, save_us: 1, commit_us: 1, flush_us: 1 };
-        assert_eq!(save_us(&save), u64::MAX);
+        let steps = Steps { stop_us: u64::MAX, save_us: 1, commit_us: 1, flush_us: 1 };
+        assert_eq!(steps.total_us(), u64::MAX);
     }
 }

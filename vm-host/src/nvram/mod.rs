@@ -198,7 +198,7 @@ impl Region {
 }
 
 /// How full a medium is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Bytes of all regions.
     pub used_bytes: u64,

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use control_client::word;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use tracing::{error, info, warn};
@@ -36,6 +37,9 @@ use crate::vmm::{Begin, Launch, Machine, Memory, Places, RunState, VmmError};
 const SHOWN_EVERY: Duration = Duration::from_millis(100);
 /// A guest's agent that does not answer must not keep a thread for ever; one whose guest was just restored, beside many others, is slow.
 const AGENT_LIMIT: Duration = Duration::from_secs(30);
+
+const OFF: &str = "the guest turned itself off";
+const HALTED: &str = "the guest has panicked, or a disk failed";
 
 type Done = Result<(), Fault>;
 
@@ -60,7 +64,7 @@ impl Keeper {
     /// Until it is told to leave, or the VM is no more.
     pub(super) fn run(mut self, inbox: &Receiver<Letter>, bell: &OwnedFd) {
         loop {
-            self.wait(bell, None);
+            self.wait(Some(bell), None);
             let _ = rustix::io::read(bell, &mut [0; 8]);
             loop {
                 match inbox.try_recv() {
@@ -91,9 +95,10 @@ impl Keeper {
         went_well
     }
 
-    /// Until there is an order, or the machine has something to say or ends. False when `limit` passes first.
-    fn wait(&self, bell: &OwnedFd, limit: Option<Duration>) -> bool {
-        let mut fds = vec![PollFd::new(bell, PollFlags::IN)];
+    /// Until the bell rings for an order, or the machine has something to say or ends, or `limit` has passed.
+    fn wait(&self, bell: Option<&OwnedFd>, limit: Option<Duration>) {
+        let mut fds: Vec<PollFd<'_>> =
+            bell.map(|bell| PollFd::new(bell, PollFlags::IN)).into_iter().collect();
         if let Some(machine) = &self.machine {
             fds.push(PollFd::from_borrowed_fd(machine.control(), PollFlags::IN));
             fds.push(PollFd::from_borrowed_fd(machine.process().ended(), PollFlags::IN));
@@ -103,7 +108,7 @@ impl Keeper {
         }
         let timeout = limit.and_then(|limit| Timespec::try_from(limit).ok());
         // What failed is tried again; an error that stays would be one of these descriptors, of which none is ever closed early.
-        poll(&mut fds, timeout.as_ref()) != Ok(0)
+        let _ = poll(&mut fds, timeout.as_ref());
     }
 
     fn carry_out(&mut self, order: Order) -> Done {
@@ -130,12 +135,13 @@ impl Keeper {
 
     fn start(&mut self) -> Done {
         self.require("start", &[VmState::Stopped])?;
-        let definition = self.record.definition.clone();
-        self.kept = match self.medium(&definition)? {
+        self.kept = match self.medium()? {
             None => None,
-            Some(nvram) => Some(Kept::make(&nvram, &definition, self.progress("making the memory"))?),
+            Some(nvram) => {
+                Some(Kept::make(&nvram, &self.record.definition, self.progress("making the memory"))?)
+            }
         };
-        let launch = self.shared.vmm.plan(&definition, &self.places)?;
+        let launch = self.shared.vmm.plan(&self.record.definition, &self.places)?;
         self.launch(&launch, Begin::Boot)?;
         if let Err(fault) = self.go(launch, "started") {
             self.end_machine();
@@ -156,21 +162,23 @@ impl Keeper {
             && !grace.is_zero()
         {
             machine.power_button()?;
-            let bell = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
-                .map_err(|errno| Fault::new(ErrorCode::Internal, errno.to_string()))?;
             while self.state() == VmState::Running {
                 let left = until.saturating_duration_since(Instant::now());
                 if left.is_zero() {
                     break;
                 }
-                self.wait(&bell, Some(left));
+                self.wait(None, Some(left));
                 self.look_at_machine();
             }
         }
-        // In this order: a machine that is left over is ended at the next start of the daemon.
+        self.put_away("stopped")
+    }
+
+    /// The guest has come to its end. In this order: a machine that is left over is ended at the next start of the daemon.
+    fn put_away(&mut self, why: &str) -> Done {
         self.settle(Life::Stopped, Wanted::Stopped)?;
         self.end_machine();
-        self.enter(VmState::Stopped, "stopped");
+        self.enter(VmState::Stopped, why);
         Ok(())
     }
 
@@ -190,26 +198,26 @@ impl Keeper {
         if self.state() == VmState::Saved {
             return Ok(());
         }
-        let name = self.name().to_owned();
+        let definition = &self.record.definition;
+        let name = &definition.name;
         let (Some(kept), Life::Live { incarnation, launch, .. }) = (&self.kept, &self.record.life) else {
             return Err(Fault::new(ErrorCode::WrongState, format!("{name} is not in NV-RAM"))
                 .hint("name a medium with `nvram` in its definition"));
         };
-        let machine = self.machine.as_deref_mut().ok_or_else(|| gone(&name))?;
-        let shared = Arc::clone(&self.shared);
-        let definition = &self.record.definition;
-        let saved = kept.save(machine, *incarnation, launch, &name, || shared.teller.sync_vssds(definition));
+        let machine = self.machine.as_deref_mut().ok_or_else(|| gone(name))?;
+        let saved =
+            kept.save(machine, *incarnation, launch, name, || self.shared.teller.sync_vssds(definition));
         match saved {
-            Ok((last, steps)) => {
+            Ok(last) => {
                 // Durable with the next change: now there is something more urgent.
-                self.record.worst = Some(self.record.worst.map_or(steps, |worst| worst.worst(&steps)));
+                self.record.worst =
+                    Some(self.record.worst.map_or(last.steps, |worst| worst.worst(&last.steps)));
                 self.with_status(|status| status.last_save = Some(last));
                 self.enter(VmState::Saved, "saved");
                 Ok(())
             }
             Err(fault) => {
-                self.enter(VmState::Paused, &format!("it could not be saved: {fault}"));
-                self.with_status(|status| status.blame(Some(&fault)));
+                self.enter_for(VmState::Paused, &format!("it could not be saved: {fault}"), &fault);
                 Err(fault)
             }
         }
@@ -233,8 +241,7 @@ impl Keeper {
         match found {
             Some(Found::State(saved)) => self.restore(&saved, launch)?,
             Some(Found::Unusable(fault)) => {
-                self.enter(VmState::Broken, &fault.message);
-                self.with_status(|status| status.blame(Some(&fault)));
+                self.enter_for(VmState::Broken, &fault.message, &fault);
                 return Err(fault);
             }
             Some(Found::Nothing(why)) => return Err(self.lose(&why)),
@@ -280,8 +287,7 @@ impl Keeper {
         self.require("recover", &[VmState::Stopped, VmState::SwappedOut, VmState::Broken])?;
         let done = self.recover_life();
         if let Err(fault) = &done {
-            self.enter(VmState::Broken, &fault.message);
-            self.with_status(|status| status.blame(Some(fault)));
+            self.enter_for(VmState::Broken, &fault.message, fault);
         }
         done
     }
@@ -293,7 +299,7 @@ impl Keeper {
             Life::Stopped | Life::Live { .. } => None,
         };
         swap::clean(&self.shared.swap_dir, &name, image)?;
-        let medium = self.medium(&self.record.definition.clone())?;
+        let medium = self.medium()?;
         let (launch, process) = match self.record.life.clone() {
             Life::Live { launch, process, .. } => (launch, process),
             life => {
@@ -322,14 +328,9 @@ impl Keeper {
                 self.enter(VmState::Running, "it ran on while the daemon did not");
                 Ok(())
             }
-            Some(RunState::Off) => {
-                self.settle(Life::Stopped, Wanted::Stopped)?;
-                self.end_machine();
-                self.enter(VmState::Stopped, "the guest turned itself off");
-                Ok(())
-            }
+            Some(RunState::Off) => self.put_away(OFF),
             Some(RunState::Halted) => {
-                self.enter(VmState::Paused, "the guest has panicked, or a disk failed");
+                self.enter(VmState::Paused, HALTED);
                 Ok(())
             }
             Some(RunState::Stopped) if self.record.wanted == Wanted::Running => {
@@ -382,36 +383,22 @@ impl Keeper {
             (VmState::SwappedOut, _) => Ok(()),
             (VmState::Stopped, _) => {
                 // Memory without a guest has no worth.
-                let medium = self.medium(&self.record.definition.clone())?;
-                self.kept = None;
-                medium.map_or(Ok(()), |nvram| Kept::free(&nvram, &name))
+                self.free_regions()
             }
             (_, Life::Live { incarnation, launch, .. }) => {
-                let Some(kept) = self.kept.take() else { return Err(gone(&name)) };
-                let nvram = Arc::clone(kept.nvram());
                 self.end_machine();
-                let written = match kept.look(incarnation, &launch, &name) {
-                    Ok(Found::State(saved)) => swap::write(
-                        &self.shared.swap_dir,
-                        &name,
-                        kept.memory_region(),
-                        &saved,
-                        self.progress("swapping out"),
-                    ),
-                    Ok(Found::Nothing(why)) => Err(Fault::new(ErrorCode::State, why)),
-                    Ok(Found::Unusable(fault)) | Err(fault) => Err(fault),
+                let Some(kept) = &self.kept else { return Err(gone(&name)) };
+                let saved = match kept.look(incarnation, &launch, &name)? {
+                    Found::State(saved) => saved,
+                    Found::Nothing(why) => return Err(Fault::new(ErrorCode::State, why)),
+                    Found::Unusable(fault) => return Err(fault),
                 };
-                let image = match written {
-                    Ok(image) => image,
-                    Err(fault) => {
-                        self.kept = Some(kept);
-                        return Err(fault);
-                    }
-                };
+                let progress = self.progress("swapping out");
+                let image =
+                    swap::write(&self.shared.swap_dir, &name, kept.memory_region(), &saved, progress)?;
                 self.settle(Life::SwappedOut { incarnation, launch, image }, Wanted::Saved)?;
-                drop(kept);
                 self.enter(VmState::SwappedOut, "swapped out");
-                Kept::free(&nvram, &name)
+                self.free_regions()
             }
             _ => Err(gone(&name)),
         }
@@ -420,12 +407,11 @@ impl Keeper {
     fn swap_in(&mut self) -> Done {
         self.require("swap in", &[VmState::SwappedOut, VmState::Saved])?;
         let Life::SwappedOut { incarnation, launch, image } = self.record.life.clone() else { return Ok(()) };
-        let definition = self.record.definition.clone();
-        let name = definition.name.clone();
-        let nvram = self.medium(&definition)?.ok_or_else(|| gone(&name))?;
+        let name = self.name().to_owned();
+        let nvram = self.medium()?.ok_or_else(|| gone(&name))?;
         // What an interrupted swap-in left.
         Kept::free(&nvram, &name)?;
-        let kept = Kept::make(&nvram, &definition, self.progress("making the memory"))?;
+        let kept = Kept::make(&nvram, &self.record.definition, self.progress("making the memory"))?;
         let read = swap::read(&image, incarnation, kept.memory_region(), self.progress("swapping in"))
             .and_then(|saved| kept.install(saved, &launch, &name));
         if let Err(fault) = read {
@@ -465,11 +451,7 @@ impl Keeper {
     fn undefine(&mut self) -> Done {
         self.require("undefine", &[VmState::Stopped])?;
         let name = self.name().to_owned();
-        let medium = self.medium(&self.record.definition.clone())?;
-        self.kept = None;
-        if let Some(nvram) = medium {
-            Kept::free(&nvram, &name)?;
-        }
+        self.free_regions()?;
         self.shared.records.remove(&name)?;
         let _ = fs::remove_dir_all(self.shared.runtime_dir.join(&name));
         Ok(())
@@ -478,11 +460,7 @@ impl Keeper {
     fn redefine(&mut self, definition: Definition) -> Done {
         self.require("redefine", &[VmState::Stopped])?;
         if definition.nvram != self.record.definition.nvram {
-            let medium = self.medium(&self.record.definition.clone())?;
-            self.kept = None;
-            if let Some(nvram) = medium {
-                Kept::free(&nvram, &definition.name)?;
-            }
+            self.free_regions()?;
         }
         let mut record = self.record.clone();
         record.definition = definition;
@@ -518,8 +496,7 @@ impl Keeper {
         if let Err(error) = machine.resume() {
             // No saved state counts any more: the machine is all there is of the guest.
             let fault = Fault::from(error);
-            self.enter(VmState::Paused, &format!("it could not be continued: {fault}"));
-            self.with_status(|status| status.blame(Some(&fault)));
+            self.enter_for(VmState::Paused, &format!("it could not be continued: {fault}"), &fault);
             return Err(fault);
         }
         self.enter(VmState::Running, why);
@@ -578,9 +555,8 @@ impl Keeper {
                 // A machine that cannot be controlled cannot be saved either; it is not harmed for that.
                 error!(vm = self.name(), %error, "cannot hear the hypervisor");
                 self.machine = None;
-                self.enter(VmState::Broken, &error.to_string());
-                let fault = Fault::from(error);
-                return self.with_status(|status| status.blame(Some(&fault)));
+                let why = error.to_string();
+                return self.enter_for(VmState::Broken, &why, &error.into());
             }
         };
         if ended {
@@ -604,9 +580,9 @@ impl Keeper {
                     error!(vm = self.name(), %fault, "cannot note that a guest has turned itself off");
                 }
                 self.end_machine();
-                self.enter(VmState::Stopped, "the guest turned itself off");
+                self.enter(VmState::Stopped, OFF);
             }
-            Ok(RunState::Halted) => self.enter(VmState::Paused, "the guest has panicked, or a disk failed"),
+            Ok(RunState::Halted) => self.enter(VmState::Paused, HALTED),
             Ok(RunState::Running | RunState::Stopped | RunState::AwaitsState) => {}
             Err(error) => warn!(vm = self.name(), %error, "cannot ask how a machine is"),
         }
@@ -627,8 +603,7 @@ impl Keeper {
         if self.record.definition.is_persistent() {
             let fault = Fault::new(ErrorCode::State, format!("{} cannot go on: {why}", self.name()))
                 .hint("its memory is kept; `vm-host discard` gives it up, `vm-host start` then boots it");
-            self.enter(VmState::Lost, why);
-            self.with_status(|status| status.blame(Some(&fault)));
+            self.enter_for(VmState::Lost, why, &fault);
             return fault;
         }
         if let Err(fault) = self.settle(Life::Stopped, Wanted::Stopped) {
@@ -692,14 +667,17 @@ impl Keeper {
         }
     }
 
+    /// The same, through somebody's fault.
+    fn enter_for(&self, to: VmState, why: &str, fault: &Fault) {
+        self.enter(to, why);
+        self.with_status(|status| status.blame(Some(fault)));
+    }
+
     fn require(&self, doing: &str, states: &[VmState]) -> Done {
         let state = self.state();
         if states.contains(&state) {
             return Ok(());
         }
-        let word = |state: &VmState| {
-            serde_json::to_value(state).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
-        };
         let possible = states.iter().map(word).collect::<Vec<_>>().join(", ");
         let message =
             format!("cannot {doing} {}: it is {}, and must be {possible}", self.name(), word(&state));
@@ -729,8 +707,16 @@ impl Keeper {
         Ok(())
     }
 
-    /// The medium that a definition names.
-    fn medium(&self, definition: &Definition) -> Result<Option<Arc<Nvram>>, Fault> {
+    /// Gives back what of NV-RAM is this VM's.
+    fn free_regions(&mut self) -> Done {
+        let medium = self.medium()?;
+        self.kept = None;
+        medium.map_or(Ok(()), |nvram| Kept::free(&nvram, self.name()))
+    }
+
+    /// The medium that its definition names.
+    fn medium(&self) -> Result<Option<Arc<Nvram>>, Fault> {
+        let definition = &self.record.definition;
         let Some(name) = &definition.nvram else { return Ok(None) };
         match self.shared.media.get(name) {
             Some(nvram) => Ok(Some(Arc::clone(nvram))),

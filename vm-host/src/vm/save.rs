@@ -111,10 +111,6 @@ impl Kept {
         &self.memory
     }
 
-    pub(super) fn nvram(&self) -> &Arc<Nvram> {
-        &self.nvram
-    }
-
     /// For the hypervisor.
     pub(super) fn memory(&self) -> Memory {
         let Backing { mem_path, offset_bytes, size_bytes, align_bytes, pmem, .. } = self.memory.backing();
@@ -138,7 +134,7 @@ impl Kept {
         launch: &Launch,
         owner: &str,
         sync: impl FnOnce() -> Result<(), Fault>,
-    ) -> Result<(LastSave, Steps), Fault> {
+    ) -> Result<LastSave, Fault> {
         let mut lap = Lap::new();
         machine.pause()?;
         let stop_us = lap.us();
@@ -155,8 +151,7 @@ impl Kept {
         self.slot.commit(&header, &state)?;
         let commit_us = lap.us();
         let state_bytes = u64::try_from(state.len()).unwrap_or(u64::MAX);
-        let steps = Steps { stop_us, save_us, commit_us, flush_us };
-        Ok((LastSave { unix_ms, state_bytes, stop_us, save_us, commit_us, flush_us }, steps))
+        Ok(LastSave { unix_ms, state_bytes, steps: Steps { stop_us, save_us, commit_us, flush_us } })
     }
 
     /// Takes a state that comes from elsewhere, with the memory that has been put into the region, durably.

@@ -42,10 +42,8 @@ pub struct Work {
 pub struct LastSave {
     pub unix_ms: i64,
     pub state_bytes: u64,
-    pub stop_us: u64,
-    pub save_us: u64,
-    pub commit_us: u64,
-    pub flush_us: u64,
+    #[serde(flatten)]
+    pub steps: Steps,
 }
 
 /// How a VM is.
