@@ -69,6 +69,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod about;
 mod args;
 mod client;
 mod error;

@@ -19,7 +19,7 @@ pub use vssd_protocol::control::{HelloParams, NameParams, SubscribeParams, Subsc
 use crate::guard::PowerStatus;
 use crate::host::{Host, Medium};
 use crate::lint::Finding;
-use crate::nvram::{Capabilities, Purpose, Verdict};
+use crate::nvram::{Capabilities, Purpose, Usage, Verdict};
 use crate::power::{Plan, Pretended};
 use crate::vm::Status;
 
@@ -177,7 +177,7 @@ pub struct MediumInfo {
     pub path: PathBuf,
     /// Of one that is open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub usage: Option<UsageInfo>,
+    pub usage: Option<Usage>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub found: Option<ProbeAnswer>,
     #[serde(default)]
@@ -185,15 +185,6 @@ pub struct MediumInfo {
     /// Why it is not open, or its usage is not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<FaultInfo>,
-}
-
-/// How full a medium is.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct UsageInfo {
-    pub used_bytes: u64,
-    pub free_bytes: u64,
-    /// What of it the reserve leaves to new regions.
-    pub available_bytes: u64,
 }
 
 /// A part of a medium that belongs to a VM.
@@ -231,11 +222,7 @@ impl MediumInfo {
         };
         let regions = nvram.list();
         Self {
-            usage: usage.map(|usage| UsageInfo {
-                used_bytes: usage.used_bytes,
-                free_bytes: usage.free_bytes,
-                available_bytes: usage.available_bytes,
-            }),
+            usage,
             found: Some(ProbeAnswer::of(nvram.capabilities())),
             regions: regions
                 .iter()

@@ -12,9 +12,13 @@ mod reclaim;
 mod resize;
 mod server;
 
-use control_client::Session;
+use std::time::Duration;
 
-use crate::args::{Command, JobCommand, PoolCommand};
+use clap::CommandFactory;
+use control_client::{Session, about};
+use vssd_protocol::control::ServerInfo;
+
+use crate::args::{Cli, Command, JobCommand, PoolCommand};
 use crate::error::Result;
 
 /// Carries out what the command line asks for.
@@ -48,10 +52,14 @@ pub(crate) fn run(session: &Session, command: Command) -> Result<()> {
         }
         Command::Doctor => doctor::run(session)?,
         Command::Ping => server::ping(session)?,
-        Command::Version => server::version(session)?,
-        Command::Completion { shell } => server::completion(session, shell)?,
-        Command::Man { dir } => server::man(&dir)?,
-        Command::Rpc { method, params } => server::rpc(session, &method, params.as_deref())?,
+        Command::Version => about::version(session, |info: &ServerInfo| {
+            format!("{} {} (schema {})", info.server, info.version, info.schema)
+        })?,
+        Command::Completion { shell } => about::completion(session, Cli::command(), shell)?,
+        Command::Man { dir } => about::man(Cli::command(), &dir)?,
+        Command::Rpc { method, params } => {
+            about::rpc(session, &method, params.as_deref(), Duration::ZERO)?;
+        }
     }
     Ok(())
 }

@@ -9,13 +9,15 @@ mod lint;
 mod nvram;
 mod order;
 mod power;
-mod program;
 mod vm;
 
-use control_client::{Peer, Program, Result, Session};
-use vm_host::wire::{SCHEMA, method};
+use std::time::Duration;
 
-use args::{Command, NvramCommand, PowerCommand};
+use clap::CommandFactory;
+use control_client::{Peer, Program, Result, Session, about};
+use vm_host::wire::{SCHEMA, ServerInfo, method};
+
+use args::{Cli, Command, NvramCommand, PowerCommand};
 
 pub(crate) static PROGRAM: Program = Program {
     name: "vm-host",
@@ -60,9 +62,15 @@ pub(crate) fn run(session: &Session, command: Command) -> Result<()> {
         Command::Logs { name, console, lines, follow } => {
             events::logs(session, &name, &events::LogOptions { console, lines, follow })
         }
-        Command::Version => program::version(session),
-        Command::Completion { shell } => program::completion(session, shell),
-        Command::Man { dir } => program::man(&dir),
-        Command::Rpc { method, params } => program::rpc(session, &method, params.as_deref()),
+        Command::Version => about::version(session, |info: &ServerInfo| {
+            format!("{} {} (schema {}), the daemon", info.server, info.version, info.schema)
+        }),
+        Command::Completion { shell } => about::completion(session, Cli::command(), shell),
+        Command::Man { dir } => about::man(Cli::command(), &dir),
+        Command::Rpc { method, params } => {
+            // Any method: those that take long, too.
+            let patience = if session.give_up_at().is_some() { Duration::ZERO } else { Duration::MAX };
+            about::rpc(session, &method, params.as_deref(), patience)
+        }
     }
 }

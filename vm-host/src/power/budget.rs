@@ -78,7 +78,7 @@ pub struct Vm {
 }
 
 /// When a VM is saved.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Row {
     pub name: String,
     pub priority: u8,
@@ -91,7 +91,7 @@ pub struct Row {
 }
 
 /// What saving all comes to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Plan {
     /// In the order in which they begin.
     pub vms: Vec<Row>,
