@@ -2,10 +2,9 @@
 //! How long it takes to save VMs when the power fails, and to have them run again: `cargo xtask bench persistence` on this machine, and
 //! `cargo xtask bench power-cut` on an emulated host whose power is cut.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use comfy_table::{Table, presets};
 use serde_json::Value;
 use vssd_tests::image::ImageBuilder;
 use vssd_tests::kernel::Kernel;
@@ -14,8 +13,10 @@ use vssd_tests::scenario::find;
 use vssd_tests::serial::guest_slot;
 use vssd_tests::vm_host::VmHost;
 
-/// NV-Hypervisor, DSN 2014: "QEMU starts", from NV-RAM, on two Xeons.
-const ORIGINAL_RESTORE: &str = "8 s";
+use crate::report::{CaseReport, Verdict, table};
+use crate::stats::{median, range};
+
+const ORIGINAL: &str = "original: NV-Hypervisor, DSN 2014, QEMU starts from NV-RAM on two Xeons";
 
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -34,72 +35,36 @@ pub struct PowerCutArgs {
     guests: usize,
 }
 
-/// Durations of one thing.
-#[derive(Debug, Default)]
-struct Times(Vec<f64>);
-
-impl Times {
-    fn add_us(&mut self, us: f64) {
-        self.0.push(us / 1000.0);
-    }
-
-    fn add(&mut self, time: Duration) {
-        self.0.push(time.as_secs_f64() * 1000.0);
-    }
-
-    /// Median and largest, in milliseconds.
-    fn of(&self) -> (f64, f64) {
-        let mut sorted = self.0.clone();
-        sorted.sort_by(f64::total_cmp);
-        (
-            sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN),
-            sorted.last().copied().unwrap_or(f64::NAN),
-        )
-    }
+/// Milliseconds, as they are said.
+fn times(ms: &[f64]) -> String {
+    format!("{:.1} ms (largest {:.1} ms)", median(ms), range(ms).1)
 }
 
-struct Figures {
-    table: Table,
-    reached: bool,
-}
-
-impl Figures {
-    fn new() -> Self {
-        let mut table = Table::new();
-        table.load_style(presets::ASCII_MARKDOWN);
-        table.set_header(["", "median", "largest", "required (median)", "original", ""]);
-        Self { table, reached: true }
-    }
-
-    fn add(&mut self, what: &str, times: &Times, required_ms: Option<f64>, original: &str) {
-        let (median, largest) = times.of();
-        let holds = required_ms.is_none_or(|required| median <= required);
-        self.reached &= holds;
-        let ms = |ms: f64| format!("{ms:.1} ms");
-        self.table.add_row([
-            what.to_owned(),
-            ms(median),
-            ms(largest),
-            required_ms.map_or_else(String::new, |required| format!("<= {required} ms")),
-            original.to_owned(),
-            required_ms.map_or("", |_| if holds { "PASS" } else { "FAIL" }).to_owned(),
-        ]);
+/// A figure that may take so long in the median, if a limit is given.
+fn figure(what: String, ms: &[f64], limit: Option<f64>) -> Verdict {
+    match limit {
+        Some(limit) => Verdict::of(what, times(ms), format!("<= {limit} ms"), median(ms) <= limit),
+        None => Verdict::info(what, times(ms)),
     }
 }
 
 /// Prints the table of saves and restores; true if every required figure was reached.
 pub fn run(args: &Args) -> Result<bool> {
     let _slot = guest_slot()?;
-    let mut figures = Figures::new();
+    let mut case = CaseReport {
+        name: "persistence".to_owned(),
+        about: format!("guests on emulated processors, NV-RAM is a tmpfs; medians of {} rounds", args.rounds),
+        notes: vec![ORIGINAL.to_owned()],
+        ..CaseReport::default()
+    };
     for (memory, vms) in [("256MiB", 1), ("4GiB", 1), ("256MiB", 6)] {
-        measure(memory, vms, args.rounds, &mut figures)?;
+        case.verdicts.extend(measure(memory, vms, args.rounds)?);
     }
-    println!("{}", figures.table);
-    println!("guests on emulated processors; NV-RAM is a tmpfs; medians of {} rounds", args.rounds);
-    Ok(figures.reached)
+    println!("{}", table::case(&case));
+    Ok(case.verdicts.iter().all(|verdict| verdict.pass != Some(false)))
 }
 
-fn measure(memory: &str, vms: usize, rounds: usize, figures: &mut Figures) -> Result<()> {
+fn measure(memory: &str, vms: usize, rounds: usize) -> Result<Vec<Verdict>> {
     let image = ImageBuilder::small(&Kernel::debian()?).build()?;
     let mut host = VmHost::new()?;
     host.start()?;
@@ -109,8 +74,7 @@ fn measure(memory: &str, vms: usize, rounds: usize, figures: &mut Figures) -> Re
         host.ok(&["start", name])?;
         host.run(name, "true")?;
     }
-    let (mut each, mut all, mut recovery, mut restore) =
-        (Times::default(), Times::default(), Times::default(), Times::default());
+    let (mut each, mut all, mut recovery, mut restore) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..rounds {
         eprintln!("{vms} x {memory}: round {} of {rounds}", round + 1);
         host.ok(&["power", "test", "critical"])?;
@@ -118,28 +82,32 @@ fn measure(memory: &str, vms: usize, rounds: usize, figures: &mut Figures) -> Re
             host.wait_state(name, "saved")?;
             let saved = &host.show(name)?["last_save"];
             let us = ["stop_us", "save_us", "flush_us", "commit_us"].map(|step| saved[step].as_f64());
-            each.add_us(us.into_iter().sum::<Option<f64>>().context("a save without its times")?);
+            each.push(us.into_iter().sum::<Option<f64>>().context("a save without its times")? / 1000.0);
         }
-        let status = host.ok(&["power", "status"])?;
-        all.add_us(
-            find(&status, "last_save_us").and_then(Value::as_f64).context("no time of the last save")?,
-        );
+        all.push(save_ms(&host.ok(&["power", "status"])?)?);
         host.power_cut()?;
         let begun = Instant::now();
         host.start()?;
-        recovery.add(begun.elapsed());
+        recovery.push(begun.elapsed().as_secs_f64() * 1000.0);
         for name in &names {
             let vm = host.show(name)?;
             ensure!(vm["state"] == "running", "{vm}");
-            restore.add_us(vm["last_restore_us"].as_f64().context("no time of the restore")?);
+            restore.push(vm["last_restore_us"].as_f64().context("no time of the restore")? / 1000.0);
         }
     }
     let what = |what: &str| format!("{vms} x {memory}: {what}");
-    figures.add(&what("save, each"), &each, (vms == 1).then_some(10.0), "");
-    figures.add(&what("save, all"), &all, (vms == 6).then_some(30.0), "");
-    figures.add(&what("restore, each"), &restore, None, ORIGINAL_RESTORE);
-    figures.add(&what("daemon starts, all run"), &recovery, (vms == 1).then_some(150.0), ORIGINAL_RESTORE);
-    Ok(())
+    Ok(vec![
+        figure(what("save, each"), &each, (vms == 1).then_some(10.0)),
+        figure(what("save, all"), &all, (vms == 6).then_some(30.0)),
+        figure(what("restore, each (original: 8 s)"), &restore, None),
+        figure(what("daemon starts, all run (original: 8 s)"), &recovery, (vms == 1).then_some(150.0)),
+    ])
+}
+
+/// How long the last save of all took, of an answer to `power status`.
+fn save_ms(status: &Value) -> Result<f64> {
+    let us = find(status, "last_save_us").and_then(Value::as_f64).context("no time of the last save")?;
+    Ok(us / 1000.0)
 }
 
 /// Cuts the power of an emulated host again and again; true if nothing was ever lost.
@@ -149,15 +117,17 @@ pub fn power_cut(args: &PowerCutArgs) -> Result<bool> {
     host.boot()?;
     host.start_guests()?;
     let mut lost = 0;
-    let (mut save, mut dark) = (Times::default(), Times::default());
+    let (mut save, mut dark) = (Vec::new(), Vec::new());
     for round in 1..=args.rounds {
+        if round > 1 {
+            host.restart_guests()?;
+        }
         let work = host.begin_work()?;
-        let status = host.fail_power()?;
-        save.add_us(find(&status, "last_save_us").and_then(Value::as_f64).context("no time of the save")?);
+        save.push(save_ms(&host.fail_power()?)?);
         host.cut_power()?;
         let begun = Instant::now();
         host.boot()?;
-        dark.add(begun.elapsed());
+        dark.push(begun.elapsed().as_secs_f64() * 1000.0);
         println!("power cut {round} of {}", args.rounds);
         host.check_work(&work, |what, holds, detail| {
             println!(
@@ -168,13 +138,16 @@ pub fn power_cut(args: &PowerCutArgs) -> Result<bool> {
             lost += usize::from(!holds);
         })?;
     }
-    let mut figures = Figures::new();
-    figures.add("all guests saved", &save, None, "");
-    figures.add("host switched on, guests run", &dark, None, "");
-    println!("{}", figures.table);
-    println!(
-        "emulated twice: the times are those of an emulator; {lost} things were lost in {} power cuts",
-        args.rounds
-    );
+    let case = CaseReport {
+        name: "power-cut".to_owned(),
+        about: format!("{} power cuts; the times are those of an emulator in an emulator", args.rounds),
+        verdicts: vec![
+            Verdict::of("lost", lost.to_string(), "0", lost == 0),
+            figure("all guests saved".to_owned(), &save, None),
+            figure("host switched on, guests run".to_owned(), &dark, None),
+        ],
+        ..CaseReport::default()
+    };
+    println!("{}", table::case(&case));
     Ok(lost == 0)
 }

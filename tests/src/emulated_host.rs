@@ -130,13 +130,8 @@ impl EmulatedHost {
 
     /// A host that boots `image`, with new NV-RAM, on Debian's QEMU.
     pub fn new(image: &GuestImage, nvram_mib: u32) -> Result<Self> {
-        Self::on(QemuBinary::debian()?, image, nvram_mib)
-    }
-
-    /// As [`EmulatedHost::new`], emulated by `qemu`.
-    pub fn on(qemu: QemuBinary, image: &GuestImage, nvram_mib: u32) -> Result<Self> {
         let scratch = Scratch::new()?;
-        let machine = Qemu::new(qemu, image)
+        let machine = Qemu::new(QemuBinary::debian()?, image)
             .accel(Accel::Tcg)
             .cpu(CPU)
             // With two, QEMU 7.2 once made the host's kernel fault without end while both ran a guest.
@@ -203,7 +198,7 @@ impl InnerGuest {
 
     /// Adds arguments to QEMU's.
     #[must_use]
-    pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+    fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.args.extend(args.into_iter().map(Into::into));
         self
     }
@@ -214,7 +209,7 @@ impl InnerGuest {
 
     /// Its QEMU, as words of a command line. The console goes to a file, [`InnerGuest::console`]; QMP is served on
     /// [`InnerGuest::qmp`].
-    pub fn words(&self) -> Vec<String> {
+    fn words(&self) -> Vec<String> {
         let memory = format!("memory-backend-memfd,id=mem,size={INNER_MIB}M,share=on");
         let (image, agent) = (format!("/guests/{GUEST}"), self.file("agent"));
         // The older board has fewer devices for firmware and kernel to find: 3 s of 11.
@@ -264,12 +259,12 @@ impl InnerGuest {
     }
 
     /// The file with what it has printed on its serial port.
-    pub fn console(&self) -> String {
+    fn console(&self) -> String {
         self.file("console")
     }
 
     /// The socket of its QEMU's control connection.
-    pub fn qmp(&self) -> String {
+    fn qmp(&self) -> String {
         self.file("qmp")
     }
 }

@@ -26,7 +26,7 @@ use crate::image::ImageBuilder;
 use crate::kernel::Kernel;
 use crate::qemu::{CMDLINE, QemuBinary};
 use crate::scenario::find;
-use crate::wire::PORT_NAME;
+use crate::vm_host::{COUNT, agent_port};
 
 /// Of each guest.
 const MEMORY_MIB: u32 = 256;
@@ -123,13 +123,22 @@ impl PersistentHost {
             let definition = format!(
                 "name = '{name}'\nmemory = '{MEMORY_MIB}MiB'\nnvram = 'nv0'\naccel = 'kvm'\nmachine = 'pc-i440fx-7.2'\n\
                  kernel = '/guests/small/kernel'\ninitrd = '/guests/small/initramfs'\ncmdline = '{CMDLINE} nokaslr'\n\
-                 extra = ['-device', 'virtio-serial-pci,id=vser', '-chardev', 'socket,id=agent0,path=/run/{name}.agent,server=on,wait=off', \
-                 '-device', 'virtserialport,bus=vser.0,chardev=agent0,name={PORT_NAME}']\n\
+                 extra = [{}]\n\
                  [[vssd]]\nname = '{name}'\nsocket = '/run/vssd/dev/{name}.sock'\nqueues = 1\n\
-                 [[network]]\nnetdev = 'dgram,local.type=unix,local.path=/run/{name}.net,remote.type=unix,remote.path=/run/{other}.net'\n"
+                 [[network]]\nnetdev = 'dgram,local.type=unix,local.path=/run/{name}.net,remote.type=unix,remote.path=/run/{other}.net'\n",
+                agent_port(format_args!("/run/{name}.agent")),
             );
             self.host.running()?.write_file(&format!("/run/{name}.toml"), definition.as_bytes())?;
             self.order(&format!("define /run/{name}.toml"))?;
+            self.order(&format!("start {name}"))?;
+        }
+        Ok(())
+    }
+
+    /// Takes every guest's plug out and boots it again, with nothing of before but its vSSD.
+    pub fn restart_guests(&mut self) -> Result<()> {
+        for name in self.guests.clone() {
+            self.order(&format!("stop {name} --kill --yes"))?;
             self.order(&format!("start {name}"))?;
         }
         Ok(())
@@ -159,11 +168,10 @@ impl PersistentHost {
                     at + 1
                 ),
             )?;
+            self.run(name, COUNT)?;
             self.run(
                 name,
-                "(i=0; while :; do i=$((i+1)); echo $i > /tmp/count.new; mv /tmp/count.new /tmp/count; sleep 0.1; done) \
-                 </dev/null >/dev/null 2>&1 & \
-                 echo secret > /tmp/open; \
+                "echo secret > /tmp/open; \
                  (exec 3< /tmp/open; rm /tmp/open; while ! test -e /tmp/go; do sleep 0.1; done; cat <&3 > /tmp/read) \
                  </dev/null >/dev/null 2>&1 &",
             )?;

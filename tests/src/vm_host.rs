@@ -8,6 +8,7 @@
 //! SCRATCH/kept/NAME   copies of nv and state
 //! ```
 
+use std::fmt::Display;
 use std::fs::{self, File};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,18 @@ use crate::process::{self, Daemon};
 use crate::scratch::Scratch;
 use crate::wait::Deadline;
 use crate::wire::PORT_NAME;
+
+/// A guest's process that counts, in `/tmp/count`.
+pub const COUNT: &str = "(i=0; while :; do i=$((i+1)); echo $i > /tmp/new; mv /tmp/new /tmp/count; sleep 0.1; done) \
+                         </dev/null >/dev/null 2>&1 &";
+
+/// Items of `extra` in a VM's definition: the port of the guest's agent, on a socket of the host.
+pub fn agent_port(socket: impl Display) -> String {
+    format!(
+        "'-device', 'virtio-serial-pci,id=vser', '-chardev', 'socket,id=agent0,path={socket},server=on,wait=off', \
+         '-device', 'virtserialport,bus=vser.0,chardev=agent0,name={PORT_NAME}'"
+    )
+}
 
 /// What survives a power cut.
 const DURABLE: [&str; 2] = ["nv", "state"];
@@ -78,12 +91,11 @@ impl VmHost {
         format!(
             "name = '{name}'\nmemory = '{memory}'\nnvram = 'nv0'\naccel = 'tcg'\ncpu = 'max,cx16=off'\n\
              kernel = '{}'\ninitrd = '{}'\ncmdline = '{}'\n\
-             extra = ['-device', 'virtio-serial-pci,id=vser', '-chardev', 'socket,id=agent0,path={},server=on,wait=off', \
-             '-device', 'virtserialport,bus=vser.0,chardev=agent0,name={PORT_NAME}']\n",
+             extra = [{}]\n",
             image.kernel().image().display(),
             image.initramfs().display(),
             crate::qemu::CMDLINE,
-            self.agent(name).display(),
+            agent_port(self.agent(name).display()),
         )
     }
 

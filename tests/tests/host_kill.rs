@@ -32,7 +32,7 @@ use vssd_tests::kernel::Kernel;
 use vssd_tests::paths;
 use vssd_tests::process::Daemon;
 use vssd_tests::serial::guest_slot;
-use vssd_tests::vm_host::VmHost;
+use vssd_tests::vm_host::{COUNT, VmHost};
 use vssd_tests::wait::Deadline;
 
 /// What is durable, what QEMU is told, and QEMU's beginning and end.
@@ -42,7 +42,6 @@ const CALLS: &str = "fsync,fdatasync,msync,rename,renameat,renameat2,unlink,unli
 const ROW: usize = 3;
 const LIMIT: Duration = Duration::from_secs(60);
 const MEMORY: &str = "96MiB";
-const COUNT: &str = "(i=0; while :; do i=$((i+1)); echo $i > /tmp/new; mv /tmp/new /tmp/count; sleep 0.1; done) >/dev/null 2>&1 &";
 
 /// What must be found in a guest.
 #[derive(Debug, Default)]

@@ -9,7 +9,7 @@ use vssd_tests::image::ImageBuilder;
 use vssd_tests::kernel::Kernel;
 use vssd_tests::report::Report;
 use vssd_tests::serial::guest_slot;
-use vssd_tests::vm_host::VmHost;
+use vssd_tests::vm_host::{COUNT, VmHost};
 use vssd_tests::{paths, process};
 
 const VMS: [&str; 3] = ["a", "b", "c"];
@@ -17,8 +17,6 @@ const MEMORY_MIB: u64 = 96;
 /// Beside each memory lies a slot of 16 MiB; and there is the registry.
 const NVRAM_MIB: u64 = 2 * (MEMORY_MIB + 16) + 8;
 const ROUNDS: usize = 6;
-const COUNT: &str = "(i=0; while :; do i=$((i+1)); echo $i > /tmp/new; mv /tmp/new /tmp/count; sleep 0.1; done) \
-                     </dev/null >/dev/null 2>&1 &";
 
 /// A file system of its own as NV-RAM. Unmounted when dropped.
 struct Mounted(String);

@@ -17,8 +17,7 @@ use vssd_tests::ctl::Ctl;
 use vssd_tests::image::GuestImage;
 use vssd_tests::process;
 use vssd_tests::qemu::{Accel, CMDLINE, probed_accel};
-use vssd_tests::vm_host::VmHost;
-use vssd_tests::wire::PORT_NAME;
+use vssd_tests::vm_host::{VmHost, agent_port};
 
 use super::database::SCRIPT;
 use super::news::News;
@@ -88,13 +87,12 @@ impl Host {
         self.vm_host.define(&format!(
             "name = '{VM}'\nmemory = '{MEMORY}'\ncpus = {PROCESSORS}\n{nvram}{processors}\
              kernel = '{}'\ninitrd = '{}'\ncmdline = '{CMDLINE}'\n\
-             extra = ['-device', 'virtio-serial-pci,id=vser', '-chardev', 'socket,id=agent0,path={},server=on,wait=off', \
-             '-device', 'virtserialport,bus=vser.0,chardev=agent0,name={PORT_NAME}', \
+             extra = [{}, \
              '-chardev', 'file,id=news0,path={},append=on', '-device', 'virtserialport,bus=vser.0,chardev=news0,name=news']\n\
              [[vssd]]\nname = '{DISK}'\nsocket = '{}'\n",
             image.kernel().image().display(),
             image.initramfs().display(),
-            self.vm_host.agent(VM).display(),
+            agent_port(self.vm_host.agent(VM).display()),
             self.news.path().display(),
             device_socket(&self.vm_host.live().join("vssd"), DISK).display(),
         ))
