@@ -136,6 +136,9 @@ impl EmulatedHost {
             .cpu(CPU)
             // With two, QEMU 7.2 once made the host's kernel fault without end while both ran a guest.
             .vcpus(1)
+            // QEMU's VMRUN and #VMEXIT change the word of pending interrupts without the lock under which a device sets a bit in it, and the
+            // bit is lost now and then. A host that waits for a one-shot timer then sleeps on; a periodic one comes again.
+            .cmdline("nohz=off highres=off")
             .memory_mib(MEMORY_MIB)
             .nvdimm(&scratch.join("nvram"), nvram_mib);
         Ok(Self { machine, running: None, _scratch: scratch })
