@@ -10,12 +10,15 @@
 
 use std::fmt::Display;
 use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{CWD, Mode, mkfifoat};
 use rustix::process::{Pid, Signal};
 use serde_json::Value;
 
@@ -30,6 +33,37 @@ use crate::wire::PORT_NAME;
 pub const COUNT: &str = "(i=0; while :; do i=$((i+1)); echo $i > /tmp/new; mv /tmp/new /tmp/count; sleep 0.1; done) \
                          </dev/null >/dev/null 2>&1 &";
 
+/// What must be found in a guest: data in its memory, and how far it has counted.
+#[derive(Debug, Default)]
+pub struct Mark {
+    sum: String,
+    count: u64,
+}
+
+impl Mark {
+    /// Gives a guest data, has it count, and looks.
+    pub fn make(host: &VmHost, vm: &str) -> Result<Self> {
+        host.run(vm, COUNT)?;
+        host.run(vm, "head -c 4194304 /dev/urandom > /tmp/data && test -s /tmp/data")?;
+        host.run(vm, "while ! test -s /tmp/count; do sleep 0.1; done")?;
+        Self::look(host, vm)
+    }
+
+    fn look(host: &VmHost, vm: &str) -> Result<Self> {
+        let said = host.run(vm, "md5sum < /tmp/data; cat /tmp/count")?;
+        let (sum, count) = said.split_once('\n').with_context(|| format!("the guest said {said:?}"))?;
+        Ok(Self { sum: sum.to_owned(), count: count.trim().parse()? })
+    }
+
+    /// That the guest has gone on from here or later; gives where it is now.
+    pub fn check(&self, host: &VmHost, vm: &str) -> Result<Self> {
+        let now = Self::look(host, vm)?;
+        ensure!(now.sum == self.sum, "the memory of {vm} has changed: {now:?} after {self:?}");
+        ensure!(now.count >= self.count, "time went backwards in {vm}: {now:?} after {self:?}");
+        Ok(now)
+    }
+}
+
 /// Items of `extra` in a VM's definition: the port of the guest's agent, on a socket of the host.
 pub fn agent_port(socket: impl Display) -> String {
     format!(
@@ -38,6 +72,8 @@ pub fn agent_port(socket: impl Display) -> String {
     )
 }
 
+/// A FIFO that stands for a line of the power supply.
+const POWER_GOOD: &str = "power-good";
 /// What survives a power cut.
 const DURABLE: [&str; 2] = ["nv", "state"];
 /// QEMU is emulated code beside other tests.
@@ -71,9 +107,11 @@ impl VmHost {
             fs::create_dir_all(host.scratch.join(dir))?;
         }
         let live = host.live().display().to_string();
+        mkfifoat(CWD, host.live().join(POWER_GOOD), Mode::RUSR | Mode::WUSR)?;
         let config = format!(
             "state_dir = '{live}/state'\nruntime_dir = '{live}/run'\nlog_dir = '{live}/log'\n\
              [power]\ndisarm_after_ms = 100\nresume_after_ms = 100\n\
+             [[power.source]]\nkind = 'edge'\nname = 'power-good'\npath = '{live}/{POWER_GOOD}'\nlow = 'critical'\n\
              [vssd]\nruntime_dir = '{live}/vssd'\n\
              [[nvram]]\nname = 'nv0'\npath = '{live}/nv'\ndeclared_persistent = true\n"
         );
@@ -109,8 +147,13 @@ impl VmHost {
 
     /// Starts the daemon; when this returns it has recovered what it found.
     pub fn start(&mut self) -> Result<()> {
-        let socket = self.live().join("run/control.sock");
-        let _ = fs::remove_file(&socket);
+        self.begin()?;
+        self.serves()
+    }
+
+    /// Starts the daemon and does not wait.
+    pub fn begin(&mut self) -> Result<()> {
+        let _ = fs::remove_file(self.socket());
         let log = File::options().create(true).append(true).open(self.live().join("daemon.log"))?;
         let mut command = Command::new(paths::artifact("vm-host", "vm-host")?);
         command.arg("serve").arg("--config").arg(self.live().join("vm-host.toml"));
@@ -123,14 +166,39 @@ impl VmHost {
                 Ok(())
             });
         }
-        let mut daemon = Daemon::spawn("vm-host", command)?;
+        self.daemon = Some(Daemon::spawn("vm-host", command)?);
+        Ok(())
+    }
+
+    /// Waits until it serves: it has recovered what it found.
+    pub fn serves(&mut self) -> Result<()> {
+        let socket = self.socket();
+        let daemon = self.daemon()?;
         let ready = Deadline::after(LIMIT).until("vm-host to serve", || {
             daemon.expect_running()?;
             crate::qemu::listening(&socket)
         });
-        ready.with_context(|| self.log())?;
-        self.daemon = Some(daemon);
-        Ok(())
+        ready.with_context(|| self.log())
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.live().join("run/control.sock")
+    }
+
+    /// Says that the power is good or fails, which a daemon hears from soon after its beginning on.
+    pub fn power(&mut self, good: bool) -> Result<()> {
+        let path = self.live().join(POWER_GOOD);
+        let daemon = self.daemon()?;
+        let mut line = Deadline::after(LIMIT).poll("vm-host to watch the power", || {
+            daemon.expect_running()?;
+            // A FIFO that nobody reads is not opened so.
+            match File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&path) {
+                Ok(line) => Ok(Some(line)),
+                Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+                Err(error) => Err(error.into()),
+            }
+        })?;
+        Ok(line.write_all(if good { b"1" } else { b"0" })?)
     }
 
     /// What the daemon has logged last.
@@ -210,7 +278,7 @@ impl VmHost {
 
     fn command(&self, words: &[&str]) -> Result<Command> {
         let mut command = Command::new(paths::artifact("vm-host", "vm-host")?);
-        command.arg("--socket").arg(self.live().join("run/control.sock"));
+        command.arg("--socket").arg(self.socket());
         command.args(["--json", "--timeout", "60s"]).args(words).stdin(Stdio::null());
         Ok(command)
     }

@@ -32,7 +32,7 @@ use vssd_tests::kernel::Kernel;
 use vssd_tests::paths;
 use vssd_tests::process::Daemon;
 use vssd_tests::serial::guest_slot;
-use vssd_tests::vm_host::{COUNT, VmHost};
+use vssd_tests::vm_host::{Mark, VmHost};
 use vssd_tests::wait::Deadline;
 
 /// What is durable, what QEMU is told, and QEMU's beginning and end.
@@ -43,33 +43,10 @@ const ROW: usize = 3;
 const LIMIT: Duration = Duration::from_secs(60);
 const MEMORY: &str = "96MiB";
 
-/// What must be found in a guest.
-#[derive(Debug, Default)]
-struct Guest {
-    sum: String,
-    count: u64,
-}
-
-impl Guest {
-    fn look(host: &VmHost, vm: &str) -> Result<Self> {
-        let said = host.run(vm, "md5sum < /tmp/data; cat /tmp/count")?;
-        let (sum, count) = said.split_once('\n').with_context(|| format!("the guest said {said:?}"))?;
-        Ok(Self { sum: sum.to_owned(), count: count.trim().parse()? })
-    }
-
-    /// The guest goes on from here or later.
-    fn check(&self, host: &VmHost, vm: &str) -> Result<()> {
-        let now = Self::look(host, vm)?;
-        ensure!(now.sum == self.sum, "the memory has changed: {now:?} after {self:?}");
-        ensure!(now.count >= self.count, "time went backwards: {now:?} after {self:?}");
-        Ok(())
-    }
-}
-
 /// A host with the copies `stopped`, `saved` and `swapped-out`: of `a`, which counts and holds data, and of `b`, beside it.
 struct Site {
     host: VmHost,
-    guest: Guest,
+    guest: Mark,
 }
 
 impl Site {
@@ -86,9 +63,7 @@ impl Site {
         host.ok(&["start", "b"])?;
         host.ok(&["save", "b"])?;
         host.ok(&["start", "a"])?;
-        host.run("a", COUNT)?;
-        host.run("a", "head -c 4194304 /dev/urandom > /tmp/data && test -s /tmp/data && while ! test -s /tmp/count; do sleep 0.1; done")?;
-        let guest = Guest::look(&host, "a")?;
+        let guest = Mark::make(&host, "a")?;
         host.ok(&["save", "a"])?;
         ensure!(host.machines()?.is_empty(), "a machine is left after a save");
         host.kill()?;

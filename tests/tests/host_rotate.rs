@@ -9,7 +9,7 @@ use vssd_tests::image::ImageBuilder;
 use vssd_tests::kernel::Kernel;
 use vssd_tests::report::Report;
 use vssd_tests::serial::guest_slot;
-use vssd_tests::vm_host::{COUNT, VmHost};
+use vssd_tests::vm_host::{Mark, VmHost};
 use vssd_tests::{paths, process};
 
 const VMS: [&str; 3] = ["a", "b", "c"];
@@ -40,14 +40,6 @@ impl Drop for Mounted {
     }
 }
 
-fn sum(host: &VmHost, vm: &str) -> Result<String> {
-    host.run(vm, "md5sum < /tmp/data")
-}
-
-fn count(host: &VmHost, vm: &str) -> Result<u64> {
-    host.run(vm, "cat /tmp/count")?.parse().context("not a number")
-}
-
 #[test]
 fn three_vms_take_turns_on_nvram_for_two() -> Result<()> {
     let _slot = guest_slot()?;
@@ -59,12 +51,9 @@ fn three_vms_take_turns_on_nvram_for_two() -> Result<()> {
     for vm in VMS {
         host.define(&host.definition(vm, &image, &format!("{MEMORY_MIB}MiB")))?;
     }
-    let begin = |host: &VmHost, vm: &str| -> Result<(String, u64)> {
+    let begin = |host: &VmHost, vm: &str| -> Result<Mark> {
         host.ok(&["start", vm])?;
-        host.run(vm, "head -c 4194304 /dev/urandom > /tmp/data")?;
-        host.run(vm, COUNT)?;
-        host.run(vm, "while ! test -s /tmp/count; do sleep 0.1; done")?;
-        Ok((sum(host, vm)?, count(host, vm)?))
+        Mark::make(host, vm)
     };
     let mut known = vec![("a", begin(&host, "a")?), ("b", begin(&host, "b")?)];
     let refused = host.call(&["start", "c"])?;
@@ -86,11 +75,8 @@ fn three_vms_take_turns_on_nvram_for_two() -> Result<()> {
         host.ok(&["swap-out", leaves])?;
         host.ok(&["swap-in", outside])?;
         host.ok(&["restore", outside])?;
-        let (_, (before, counted)) = known.iter_mut().find(|(vm, _)| *vm == outside).context("unknown")?;
-        let (now, counts) = (sum(&host, outside)?, count(&host, outside)?);
-        ensure!(now == *before, "round {round}: the memory of {outside} has changed");
-        ensure!(counts >= *counted, "round {round}: {outside} went back from {counted} to {counts}");
-        *counted = counts;
+        let (_, mark) = known.iter_mut().find(|(vm, _)| *vm == outside).context("unknown")?;
+        *mark = mark.check(&host, outside).with_context(|| format!("round {round}"))?;
         inside.push_back(outside);
         outside = leaves;
     }

@@ -9,9 +9,10 @@
 //!
 //! No lock is held while a VM is waited for.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread;
@@ -62,10 +63,6 @@ pub struct Host {
     budget: Budget,
     /// One VM is defined or admitted at a time: two that fit alone may not fit together.
     admission: Mutex<()>,
-    /// The power is failing, or has failed.
-    held_back: AtomicBool,
-    /// Counts saves of all VMs.
-    round: AtomicU64,
 }
 
 impl Host {
@@ -84,6 +81,7 @@ impl Host {
             vssd_dir: config.vssd.runtime_dir.join("dev"),
             swap_dir: config.swap_dir(),
             teller,
+            held_back: AtomicBool::new(false),
         });
         let (mut vms, mut unreadable) = (BTreeMap::new(), BTreeMap::new());
         for (name, record) in shared.records.all()? {
@@ -99,22 +97,13 @@ impl Host {
         }
         let lanes = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let budget = config.power.budget(REACTION_US, lanes, ASSUMED);
-        Ok(Self {
-            shared,
-            media,
-            vms: RwLock::new(vms),
-            unreadable,
-            budget,
-            admission: Mutex::new(()),
-            held_back: AtomicBool::new(false),
-            round: AtomicU64::new(0),
-        })
+        Ok(Self { shared, media, vms: RwLock::new(vms), unreadable, budget, admission: Mutex::new(()) })
     }
 
     /// Adopts what runs, resumes what was saved and is wanted, starts what is to start with the daemon.
     pub fn recover(&self) -> Outcome {
         let begun = Instant::now();
-        let mut outcome = self.for_all(Order::Recover, |_| true);
+        let mut outcome = self.for_all(Order::Recover, |_| true, |_| true);
         for vm in self.vms() {
             if vm.status().state == VmState::Stopped && vm.definition().autostart {
                 match self.start(&vm.status().name) {
@@ -204,26 +193,22 @@ impl Host {
         self.budget.plan(&self.running())
     }
 
-    /// Saves every persistent guest that runs, the most important first, as many at a time as there are processors.
+    /// Saves every persistent guest that runs, the most important first, as many at a time as there are processors; call
+    /// [`Host::hold_back`] before.
     ///
-    /// One that is saved is asked, too: it may be about to be resumed, and each VM does what it is told in order.
+    /// All others are told afterwards: one may be about to run, and each VM does what it is told in order.
     pub fn save_all(&self) -> Outcome {
-        self.round.fetch_add(1, Ordering::SeqCst);
-        let may_run = |status: &Status| {
-            status.nvram.is_some()
-                && matches!(status.state, VmState::Running | VmState::Paused | VmState::Saved)
-        };
-        self.for_all(Order::Hold, may_run)
+        self.for_all(Order::Hold, |status| status.nvram.is_some(), |status| status.state == VmState::Saved)
     }
 
-    /// Continues every guest that is wanted to run and was saved, or could not be, until a save of all overtakes it.
+    /// Continues every guest that is wanted to run and was saved, or could not be, until the power fails again.
     pub fn resume_all(&self) -> Outcome {
-        let round = self.round.load(Ordering::SeqCst);
-        self.for_all(Order::Resume, |status| {
+        let waits = |status: &Status| {
             matches!(status.state, VmState::Saved | VmState::Paused)
                 && status.wanted == Wanted::Running
-                && self.round.load(Ordering::SeqCst) == round
-        })
+                && !self.shared.held_back.load(Ordering::SeqCst)
+        };
+        self.for_all(Order::Resume, waits, |status| status.state == VmState::Running)
     }
 
     /// Makes what guests have written so far durable, so that little is left to do when they are saved.
@@ -237,7 +222,13 @@ impl Host {
         }
     }
 
-    fn for_all(&self, order: Order, wanted: impl Fn(&Status) -> bool) -> Outcome {
+    /// Gives an order to all VMs for which it is wanted when it is their turn, and counts those that are as they should be then.
+    fn for_all(
+        &self,
+        order: Order,
+        wanted: impl Fn(&Status) -> bool,
+        counts: impl Fn(&Status) -> bool,
+    ) -> Outcome {
         let begun = Instant::now();
         let mut queue: Vec<(Arc<Vm>, Status)> = self
             .vms()
@@ -248,7 +239,7 @@ impl Host {
             })
             .filter(|(_, status)| wanted(status))
             .collect();
-        queue.sort_by(|(_, a), (_, b)| (b.priority, &a.name).cmp(&(a.priority, &b.name)));
+        queue.sort_by_key(|(_, status)| (!has_guest(status), Reverse(status.priority), status.name.clone()));
         let (sender, answers) = channel();
         let mut outcome = Outcome::default();
         let mut waiting = queue.iter();
@@ -267,7 +258,7 @@ impl Host {
                 break;
             }
             match answers.recv() {
-                Ok(Ok(_)) => outcome.ok += 1,
+                Ok(Ok(status)) => outcome.ok += u32::from(counts(&status)),
                 Ok(Err(fault)) => {
                     warn!(?order, code = fault.code.as_str(), %fault, "one VM did not do as all");
                     outcome.failed += 1;
@@ -279,9 +270,9 @@ impl Host {
         Outcome { took: begun.elapsed(), ..outcome }
     }
 
-    /// Until this is called again, nobody may start what would have to be saved at once.
+    /// Until this is called again, nobody may start what would have to be saved at once, and long work is broken off.
     pub fn hold_back(&self, held: bool) {
-        self.held_back.store(held, Ordering::SeqCst);
+        self.shared.held_back.store(held, Ordering::SeqCst);
     }
 
     fn one_at_a_time(&self) -> MutexGuard<'_, ()> {
@@ -291,15 +282,6 @@ impl Host {
     /// Whether a VM may begin to run.
     fn admit(&self, status: &Status) -> Result<(), Fault> {
         let Some(medium) = &status.nvram else { return Ok(()) };
-        if self.held_back.load(Ordering::SeqCst) {
-            return Err(Fault::new(
-                ErrorCode::Busy,
-                format!("{} is not let run: the power is failing", status.name),
-            )
-            .hint(
-                "`vm-host power status` says how it is; what was saved resumes by itself when it is back",
-            ));
-        }
         self.check_medium(medium)?;
         self.check_lint(&status.name)?;
         let others: Vec<budget::Vm> =
@@ -340,10 +322,8 @@ impl Host {
     }
 
     fn running(&self) -> Vec<budget::Vm> {
-        let runs = |status: &Status| {
-            status.nvram.is_some() && matches!(status.state, VmState::Running | VmState::Paused)
-        };
-        self.list().iter().filter(|status| runs(status)).map(on_budget).collect()
+        let runs = |status: &&Status| status.nvram.is_some() && has_guest(status);
+        self.list().iter().filter(runs).map(on_budget).collect()
     }
 
     fn vms(&self) -> Vec<Arc<Vm>> {
@@ -364,6 +344,10 @@ impl Host {
 fn keep(record: Record, shared: &Arc<Shared>) -> Result<Vm, Fault> {
     Vm::new(record, Arc::clone(shared))
         .map_err(|error| Fault::new(ErrorCode::Internal, format!("cannot take care of a VM: {error}")))
+}
+
+fn has_guest(status: &Status) -> bool {
+    matches!(status.state, VmState::Running | VmState::Paused)
 }
 
 fn open_medium(config: &MediumConfig) -> Medium {

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -63,7 +64,9 @@ fn all() -> Vec<Medium> {
     all
 }
 
-fn no_progress(_: u64, _: u64) {}
+fn no_progress(_: u64, _: u64) -> io::Result<()> {
+    Ok(())
+}
 
 fn header(generation: u64) -> SavedHeader {
     SavedHeader {
@@ -86,8 +89,12 @@ fn regions_are_found_again_with_their_content() {
         let config = &medium.config;
         let nvram = Nvram::create(config).unwrap();
         let mut told = Vec::new();
-        let memory =
-            nvram.allocate("web1", Purpose::Memory, 5 * MIB, |done, total| told.push((done, total))).unwrap();
+        let memory = nvram
+            .allocate("web1", Purpose::Memory, 5 * MIB, |done, total| {
+                told.push((done, total));
+                Ok(())
+            })
+            .unwrap();
         let state = nvram.allocate("web1", Purpose::State, MIB, no_progress).unwrap();
         assert_eq!((memory.bytes, state.bytes), (6 * MIB, 2 * MIB), "rounded up to 2 MiB: {config:?}");
         assert!(told.is_sorted() && told.last() == Some(&(6 * MIB, 6 * MIB)), "{told:?}");
@@ -133,6 +140,23 @@ fn memory_of_one_owner_is_never_seen_by_the_next() {
         if nvram.capabilities().kind == MediumKind::File {
             assert_eq!(second.offset_bytes, first.offset_bytes, "or the test shows nothing");
         }
+    }
+}
+
+#[test]
+fn making_that_is_broken_off_leaves_nothing() {
+    for medium in all() {
+        let nvram = Nvram::create(&medium.config).unwrap();
+        let mut told = 0;
+        let broken_off = |_, _| {
+            told += 1;
+            Err(io::ErrorKind::Interrupted.into())
+        };
+        let outcome = nvram.allocate("a", Purpose::Memory, 4 * MIB, broken_off);
+        assert!(matches!(outcome, Err(Error::Io { .. })), "{outcome:?}");
+        assert_eq!(told, 1);
+        assert_eq!(nvram.usage().unwrap().used_bytes, 0);
+        nvram.allocate("a", Purpose::Memory, 4 * MIB, no_progress).unwrap();
     }
 }
 

@@ -49,7 +49,7 @@ fn child() {
         match (verb, found) {
             ("stamp", Some(region)) => nvram.stamp(region.id, generation).unwrap(),
             (_, Some(region)) => nvram.free(region.id).unwrap(),
-            (_, None) => drop(nvram.allocate(&owner, purpose, MIB, |_, _| ()).unwrap()),
+            (_, None) => drop(nvram.allocate(&owner, purpose, MIB, |_, _| Ok(())).unwrap()),
         }
         writeln!(out, "\ndone").unwrap();
     }

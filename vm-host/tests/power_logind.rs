@@ -9,6 +9,7 @@ use std::fs;
 use std::future::poll_fn;
 use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
@@ -58,7 +59,8 @@ impl Bus {
             .spawn()
             .expect("install dbus-daemon");
         self.daemon = Some(daemon);
-        until("the bus", || socket.exists());
+        // The socket is there a moment before it is listened on.
+        until("the bus", || UnixStream::connect(&socket).is_ok());
     }
 
     fn kill(&mut self) {

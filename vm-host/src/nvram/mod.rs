@@ -286,7 +286,7 @@ impl Nvram {
     }
 
     /// Makes a region of zeroes. `bytes` are rounded up to the medium's alignment. Takes as long as writing them,
-    /// where the medium needs that; `progress` is told (done, total) in bytes. A power cut leaves all of it or
+    /// where the medium needs that; `progress` is told (done, total) in bytes and ends it with an error. A power cut leaves all of it or
     /// nothing.
     ///
     /// # Errors
@@ -296,7 +296,7 @@ impl Nvram {
         owner: &str,
         purpose: Purpose,
         bytes: u64,
-        mut progress: impl FnMut(u64, u64),
+        mut progress: impl FnMut(u64, u64) -> io::Result<()>,
     ) -> Result<Region> {
         let alignment = self.capabilities.alignment_bytes;
         self.regions.allocate(owner, purpose, bytes, alignment, &mut progress).map(|entry| self.region(entry))
@@ -571,7 +571,9 @@ fn format_directory(target: &Target, identity: &Identity) -> Result<()> {
     let bytes = if target.must_map() { data_start(target) } else { REGISTRY_BYTES };
     // Written: a commit must neither run out of space nor change metadata.
     let fill = if target.must_map() { Fill::Allocate } else { Fill::Write };
-    file.set_len(bytes).and_then(|()| place::fill(&file, bytes, fill, &mut |_, _| ())).map_err(io_error)?;
+    file.set_len(bytes)
+        .and_then(|()| place::fill(&file, bytes, fill, &mut |_, _| Ok(())))
+        .map_err(io_error)?;
     let store =
         file.try_clone().and_then(|file| registry_store(target, file, Flush::Nothing)).map_err(io_error)?;
     registry::format(&*store, &target.path, identity)?;

@@ -21,7 +21,7 @@ use super::store::{FileStore, Flush, MappedStore, Mapping, Store};
 use super::table::Entry;
 
 /// Told how many bytes of how many are done.
-pub(super) type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+pub(super) type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> io::Result<()>;
 
 /// What is written at once when a region is filled with zeroes.
 const CHUNK: usize = 4 << 20;
@@ -95,7 +95,7 @@ pub(super) fn fill(file: &File, bytes: u64, how: Fill, progress: Progress<'_>) -
             Err(source) => return Err(source.into()),
         }
         if !write {
-            progress(done, bytes);
+            progress(done, bytes)?;
         }
     }
     if write {
@@ -112,7 +112,7 @@ fn zero(store: &dyn Store, bytes: u64, progress: Progress<'_>) -> io::Result<()>
         let left = usize::try_from(bytes - done).unwrap_or(CHUNK).min(zeroes.len());
         store.write_at(done, &zeroes[..left])?;
         done += left as u64;
-        progress(done, bytes);
+        progress(done, bytes)?;
     }
     Ok(())
 }

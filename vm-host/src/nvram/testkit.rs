@@ -229,7 +229,7 @@ impl Place for SimDirectory {
         for len in [0, entry.bytes / 2, entry.bytes] {
             self.0.set_file(entry.file_name(), Some(len))?;
         }
-        progress(entry.bytes, entry.bytes);
+        progress(entry.bytes, entry.bytes)?;
         self.0.sync()
     }
 

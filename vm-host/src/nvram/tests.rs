@@ -88,7 +88,7 @@ fn run(regions: &Regions, step: Step) -> Result<()> {
     };
     match step {
         Step::Allocate(owner, purpose, units) => {
-            let entry = regions.allocate(owner, purpose, units * UNIT, UNIT, &mut |_, _| ())?;
+            let entry = regions.allocate(owner, purpose, units * UNIT, UNIT, &mut |_, _| Ok(()))?;
             if entry.offset != 0 {
                 let (_, store) = regions.open_store(entry.id)?;
                 // A guest stores without waiting for anybody.
@@ -161,7 +161,7 @@ fn content(regions: &Regions, id: RegionId) -> Vec<u8> {
 fn check_free_space(sim: &Sim) {
     let regions = open(sim, Kind::Device).unwrap();
     for i in 0.. {
-        match regions.allocate(&format!("z{i}"), Purpose::Memory, UNIT, UNIT, &mut |_, _| ()) {
+        match regions.allocate(&format!("z{i}"), Purpose::Memory, UNIT, UNIT, &mut |_, _| Ok(())) {
             Ok(entry) => assert!(content(&regions, entry.id).iter().all(|&b| b == 0)),
             Err(Error::NoSpace { .. }) => break,
             Err(error) => panic!("{error}"),
@@ -713,7 +713,7 @@ fn region_that_found_no_space_leaves_nothing() {
     let store = sim.store(0, REGISTRY_BYTES);
     let regions = Regions::open(path(), store, place, Limits::default(), |_| Ok(())).unwrap();
     for _ in 0..2 {
-        let refused = regions.allocate("a", Purpose::Memory, 4 * UNIT, UNIT, &mut |_, _| ());
+        let refused = regions.allocate("a", Purpose::Memory, 4 * UNIT, UNIT, &mut |_, _| Ok(()));
         assert!(
             matches!(refused, Err(Error::NoSpace { requested_bytes, available_bytes })
                 if requested_bytes == 4 * UNIT && available_bytes == 5 * UNIT),

@@ -12,6 +12,8 @@
 //! ```
 
 use std::fs;
+use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -38,7 +40,11 @@ const SHOWN_EVERY: Duration = Duration::from_millis(100);
 /// A guest's agent that does not answer must not keep a thread for ever; one whose guest was just restored, beside many others, is slow.
 const AGENT_LIMIT: Duration = Duration::from_secs(30);
 
+/// Those with a guest.
+const MAY_BE_SAVED: [VmState; 3] = [VmState::Running, VmState::Paused, VmState::Saved];
+
 const OFF: &str = "the guest turned itself off";
+const FOUND_STOPPED: &str = "the daemon had ended while it was being saved";
 const HALTED: &str = "the guest has panicked, or a disk failed";
 
 type Done = Result<(), Fault>;
@@ -116,6 +122,7 @@ impl Keeper {
             Order::Start => self.start(),
             Order::Stop { grace } => self.stop(grace),
             Order::Save => self.save(),
+            Order::Hold if !MAY_BE_SAVED.contains(&self.state()) => Ok(()),
             Order::Hold => self.hold(),
             Order::Resume => self.resume(),
             Order::Recover => self.recover(),
@@ -135,11 +142,10 @@ impl Keeper {
 
     fn start(&mut self) -> Done {
         self.require("start", &[VmState::Stopped])?;
+        self.shared.may_run(self.name())?;
         self.kept = match self.medium()? {
             None => None,
-            Some(nvram) => {
-                Some(Kept::make(&nvram, &self.record.definition, self.progress("making the memory"))?)
-            }
+            Some(nvram) => Some(self.make_regions(&nvram)?),
         };
         let launch = self.shared.vmm.plan(&self.record.definition, &self.places)?;
         self.launch(&launch, Begin::Boot)?;
@@ -194,7 +200,7 @@ impl Keeper {
 
     /// Saves the guest and keeps its machine.
     fn hold(&mut self) -> Done {
-        self.require("save", &[VmState::Running, VmState::Paused, VmState::Saved])?;
+        self.require("save", &MAY_BE_SAVED)?;
         if self.state() == VmState::Saved {
             return Ok(());
         }
@@ -225,10 +231,11 @@ impl Keeper {
 
     /// Continues the guest where it was.
     fn resume(&mut self) -> Done {
-        self.require("resume", &[VmState::Running, VmState::Paused, VmState::Saved])?;
+        self.require("resume", &MAY_BE_SAVED)?;
         if self.state() == VmState::Running {
             return Ok(());
         }
+        self.shared.may_run(self.name())?;
         let Life::Live { launch, incarnation, .. } = self.record.life.clone() else {
             return Err(gone(self.name()));
         };
@@ -285,11 +292,20 @@ impl Keeper {
     /// What a start of the daemon finds.
     fn recover(&mut self) -> Done {
         self.require("recover", &[VmState::Stopped, VmState::SwappedOut, VmState::Broken])?;
-        let done = self.recover_life();
-        if let Err(fault) = &done {
-            self.enter_for(VmState::Broken, &fault.message, fault);
+        if let Err(fault) = self.recover_life() {
+            self.enter_for(VmState::Broken, &fault.message, &fault);
+            return Err(fault);
         }
-        done
+        // Paused for another reason than that the daemon has ended, it waits for whoever sees to that.
+        let goes_on = self.state() == VmState::Saved || self.status().why == FOUND_STOPPED;
+        if !goes_on || self.record.wanted != Wanted::Running {
+            return Ok(());
+        }
+        // Whether it goes on or not, it is found.
+        match self.resume() {
+            Err(fault) if fault.code == ErrorCode::Busy => Ok(()),
+            done => done,
+        }
     }
 
     fn recover_life(&mut self) -> Done {
@@ -335,8 +351,8 @@ impl Keeper {
             }
             Some(RunState::Stopped) if self.record.wanted == Wanted::Running => {
                 // The daemon ended in the middle of a save. Whether there is a state or not, the guest is whole.
-                self.enter(VmState::Paused, "found stopped");
-                self.go_on(launch, "resumed: the daemon had ended while it was being saved")
+                self.enter(VmState::Paused, FOUND_STOPPED);
+                Ok(())
             }
             Some(RunState::Stopped) => self.recover_saved(&launch),
             Some(RunState::AwaitsState) | None => {
@@ -362,7 +378,7 @@ impl Keeper {
         match kept.look(incarnation, launch, &name)? {
             Found::State(_) => {
                 self.enter(VmState::Saved, "found saved");
-                if self.record.wanted == Wanted::Running { self.resume() } else { Ok(()) }
+                Ok(())
             }
             Found::Nothing(_) if self.machine.is_some() => {
                 self.enter(VmState::Paused, "found stopped, and not saved");
@@ -394,8 +410,8 @@ impl Keeper {
                     Found::Unusable(fault) => return Err(fault),
                 };
                 let progress = self.progress("swapping out");
-                let image =
-                    swap::write(&self.shared.swap_dir, &name, kept.memory_region(), &saved, progress)?;
+                let image = swap::write(&self.shared.swap_dir, &name, kept.memory_region(), &saved, progress)
+                    .map_err(|fault| self.broken_off(fault))?;
                 self.settle(Life::SwappedOut { incarnation, launch, image }, Wanted::Saved)?;
                 self.enter(VmState::SwappedOut, "swapped out");
                 self.free_regions()
@@ -411,13 +427,13 @@ impl Keeper {
         let nvram = self.medium()?.ok_or_else(|| gone(&name))?;
         // What an interrupted swap-in left.
         Kept::free(&nvram, &name)?;
-        let kept = Kept::make(&nvram, &self.record.definition, self.progress("making the memory"))?;
+        let kept = self.make_regions(&nvram)?;
         let read = swap::read(&image, incarnation, kept.memory_region(), self.progress("swapping in"))
             .and_then(|saved| kept.install(saved, &launch, &name));
         if let Err(fault) = read {
             drop(kept);
             Kept::free(&nvram, &name)?;
-            return Err(fault);
+            return Err(self.broken_off(fault));
         }
         self.settle(Life::Live { incarnation, launch, process: None }, Wanted::Saved)?;
         self.kept = Some(kept);
@@ -487,6 +503,7 @@ impl Keeper {
     /// Lets the guest run, as a new incarnation: from the write of the record on, no state that was saved before counts.
     fn go(&mut self, launch: Launch, why: &str) -> Done {
         let name = self.name().to_owned();
+        self.shared.may_run(&name)?;
         let machine = self.machine.as_deref().ok_or_else(|| gone(&name))?;
         let process = Some(machine.process().id().clone());
         let incarnation = Incarnation::random()
@@ -714,6 +731,11 @@ impl Keeper {
         medium.map_or(Ok(()), |nvram| Kept::free(&nvram, self.name()))
     }
 
+    fn make_regions(&self, nvram: &Arc<Nvram>) -> Result<Kept, Fault> {
+        Kept::make(nvram, &self.record.definition, self.progress("making the memory"))
+            .map_err(|fault| self.broken_off(fault))
+    }
+
     /// The medium that its definition names.
     fn medium(&self) -> Result<Option<Arc<Nvram>>, Fault> {
         let definition = &self.record.definition;
@@ -725,18 +747,27 @@ impl Keeper {
         }
     }
 
-    /// Shows how far long work has come.
-    fn progress(&self, doing: &'static str) -> impl FnMut(u64, u64) + use<> {
-        let status = Arc::clone(&self.status);
+    /// Shows how far long work has come, and breaks it off when the power fails.
+    fn progress(&self, doing: &'static str) -> impl FnMut(u64, u64) -> io::Result<()> + use<> {
+        let (status, shared) = (Arc::clone(&self.status), Arc::clone(&self.shared));
         let mut shown = Instant::now().checked_sub(SHOWN_EVERY);
         move |done_bytes, total_bytes| {
+            if shared.held_back.load(Ordering::SeqCst) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
             if shown.is_some_and(|shown| shown.elapsed() < SHOWN_EVERY) && done_bytes < total_bytes {
-                return;
+                return Ok(());
             }
             shown = Some(Instant::now());
             status.lock().unwrap_or_else(PoisonError::into_inner).work =
                 Some(Work { doing: doing.to_owned(), done_bytes, total_bytes });
+            Ok(())
         }
+    }
+
+    /// Of long work that failed: because the power does, or of itself.
+    fn broken_off(&self, fault: Fault) -> Fault {
+        self.shared.may_run(self.name()).err().unwrap_or(fault)
     }
 }
 

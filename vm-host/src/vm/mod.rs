@@ -9,7 +9,9 @@
 //! ```
 //!
 //! Nothing is shared between two VMs that one could hold and the other need: a guest whose disk hangs keeps no other from being
-//! saved. Whether a VM *may* run (budget, power) is the host's to say; this module knows neither.
+//! saved. Whether a VM *may* run (budget, power) is the host's to say. Of power this module knows one word, [`Shared::held_back`]: a
+//! keeper looks at it last thing before a guest runs. The host sets it before it tells every VM to hold, so whichever came first, a
+//! guest that was let run has that order behind it.
 
 mod clock;
 mod console;
@@ -22,6 +24,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -53,9 +56,20 @@ pub struct Shared {
     /// The folder for what is swapped out.
     pub swap_dir: PathBuf,
     pub teller: Arc<dyn Tell>,
+    /// The power is failing: no guest begins to run, and long work is broken off.
+    pub held_back: AtomicBool,
 }
 
 impl Shared {
+    /// Why a guest does not begin to run now.
+    fn may_run(&self, name: &str) -> Result<(), Fault> {
+        if !self.held_back.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        Err(Fault::new(ErrorCode::Busy, format!("{name} is left as it is: the power is failing"))
+            .hint("`vm-host power status` says how it is; what was saved resumes by itself when it is back"))
+    }
+
     /// Where what a guest says on its console is written down.
     fn console_log(&self, name: &str) -> PathBuf {
         self.log_dir.join(format!("{name}.console"))
@@ -99,11 +113,11 @@ pub enum Order {
     },
     /// Save it and end its machine.
     Save,
-    /// Save it and keep its machine, stopped: the power may come back.
+    /// Save it and keep its machine, stopped: the power may come back. Of a VM without a guest nothing is asked.
     Hold,
     /// Continue it where it was: from its machine, or from its saved state.
     Resume,
-    /// As after a start of the daemon: adopt a machine that is there, resume what was saved if it is wanted.
+    /// As after a start of the daemon: adopt a machine that is there, resume what was saved if it is wanted and may be.
     Recover,
     /// To secondary storage.
     SwapOut,

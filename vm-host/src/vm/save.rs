@@ -2,6 +2,7 @@
 
 //! What of a persistent VM lies in NV-RAM: its memory, and the slot with its saved state.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -71,7 +72,7 @@ impl Kept {
     pub(super) fn make(
         nvram: &Arc<Nvram>,
         definition: &Definition,
-        mut progress: impl FnMut(u64, u64),
+        mut progress: impl FnMut(u64, u64) -> io::Result<()>,
     ) -> Result<Self, Fault> {
         let owner = &definition.name;
         if let Some(memory) = nvram.find(owner, Purpose::Memory)

@@ -52,7 +52,7 @@ pub(super) fn write(
     name: &str,
     memory: &Region,
     saved: &SavedState,
-    progress: impl FnMut(u64, u64),
+    progress: impl FnMut(u64, u64) -> io::Result<()>,
 ) -> Result<PathBuf, Fault> {
     let (path, part) = paths(dir, name);
     let written = fs::create_dir_all(dir)
@@ -71,7 +71,7 @@ fn write_file(
     path: &Path,
     memory: &Region,
     saved: &SavedState,
-    mut progress: impl FnMut(u64, u64),
+    mut progress: impl FnMut(u64, u64) -> io::Result<()>,
 ) -> io::Result<()> {
     let mapping = map(memory)?;
     let mut out = BufWriter::with_capacity(PIECE + LABEL, File::create(path)?);
@@ -86,7 +86,7 @@ fn write_file(
             out.write_all(piece)?;
             pieces += 1;
         }
-        progress((at + 1) * PIECE as u64, memory.bytes);
+        progress((at + 1) * PIECE as u64, memory.bytes)?;
     }
     let mut file = out.into_inner()?;
     file.seek(SeekFrom::Start(0))?;
@@ -99,7 +99,7 @@ pub(super) fn read(
     path: &Path,
     incarnation: Incarnation,
     memory: &Region,
-    progress: impl FnMut(u64, u64),
+    progress: impl FnMut(u64, u64) -> io::Result<()>,
 ) -> Result<SavedState, Fault> {
     let damaged = |what: String| {
         Fault::new(ErrorCode::State, format!("{} cannot be used: {what}", path.display()))
@@ -113,7 +113,11 @@ pub(super) fn read(
     }
 }
 
-fn read_file(path: &Path, memory: &Region, mut progress: impl FnMut(u64, u64)) -> io::Result<SavedState> {
+fn read_file(
+    path: &Path,
+    memory: &Region,
+    mut progress: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<SavedState> {
     let file = File::open(path)?;
     let length = file.metadata()?.len();
     let mut input = BufReader::with_capacity(PIECE, file);
@@ -173,7 +177,7 @@ fn read_file(path: &Path, memory: &Region, mut progress: impl FnMut(u64, u64)) -
             )));
         }
         next = at + 1;
-        progress(end as u64, memory.bytes);
+        progress(end as u64, memory.bytes)?;
     }
     if input.read(&mut [0])? != 0 {
         return Err(invalid("it goes on after its end"));
@@ -264,4 +268,40 @@ fn options(memory: &Region) -> io::Result<MmapOptions> {
 
 fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::nvram::{MediumConfig, Nvram, Purpose};
+
+    #[test]
+    fn what_is_broken_off_leaves_no_image_and_harms_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (nv, images) = (dir.path().join("nv"), dir.path().join("images"));
+        fs::create_dir(&nv).unwrap();
+        let nvram = Nvram::create(&MediumConfig::new("nv", &nv)).unwrap();
+        let memory = nvram.allocate("a", Purpose::Memory, 4 << 20, |_, _| Ok(())).unwrap();
+        File::options().write(true).open(&memory.path).unwrap().write_all_at(b"data", 3 << 20).unwrap();
+        let header = SavedHeader {
+            incarnation: [7; 16],
+            generation: 1,
+            saved_at_unix_ms: 0,
+            metadata: b"origin".to_vec(),
+        };
+        let saved = SavedState { header, payload: b"state".to_vec() };
+        let broken_off = |_, _| Err(io::ErrorKind::Interrupted.into());
+
+        write(&images, "a", &memory, &saved, broken_off).unwrap_err();
+        assert_eq!(fs::read_dir(&images).unwrap().count(), 0);
+
+        let path = write(&images, "a", &memory, &saved, |_, _| Ok(())).unwrap();
+        let image = fs::read(&path).unwrap();
+        read(&path, Incarnation([7; 16]), &memory, broken_off).unwrap_err();
+        assert_eq!(fs::read(&path).unwrap(), image);
+        let read = read(&path, Incarnation([7; 16]), &memory, |_, _| Ok(())).unwrap();
+        assert_eq!((read.header, read.payload), (saved.header, saved.payload));
+    }
 }
