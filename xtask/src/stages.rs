@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! Named steps with their times, two rows of them side by side, and the steps that several commands share.
+//! Named steps with their times, two of them at a time, and the steps that several commands share.
 
+use std::collections::VecDeque;
 use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -9,11 +10,11 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail, ensure};
 use vssd_tests::kernel::Kernel;
 use vssd_tests::paths;
 
-/// How much less than others the second row of steps asks for, as `nice` counts it.
+/// How much less than others what runs beside them asks for, as `nice` counts it.
 const YIELDING: i32 = 10;
 /// What takes less is not in the table.
 const WORTH_A_LINE: Duration = Duration::from_millis(500);
@@ -68,24 +69,38 @@ pub(crate) fn not_run(line: &str) {
     NOT_RUN.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
 }
 
-/// Does two things at once, the second with what the first leaves of the processors. Waits for both.
-pub(crate) fn beside(
-    first: impl FnOnce() -> Result<()>,
-    second: impl FnOnce() -> Result<()> + Send,
-) -> Result<()> {
+/// A step that is run by whoever has time for it.
+pub(crate) type Step<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
+
+/// Runs `first` with what `steps` leave of the processors, and beside it the steps, one at a time and from the front; once `first` has
+/// ended, two at a time. Goes on whatever fails, and waits for all.
+pub(crate) fn beside(first: impl FnOnce() -> Result<()> + Send, steps: Vec<Step<'_>>) -> Result<()> {
+    let waiting = Mutex::new(VecDeque::from(steps));
+    let failed = Mutex::new(Vec::new());
+    let note = |outcome: Result<()>| {
+        if let Err(error) = outcome {
+            failed.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{error:#}"));
+        }
+    };
+    let take = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+    let run_steps = || {
+        while let Some(step) = take() {
+            note(step());
+        }
+    };
     thread::scope(|scope| {
-        let second = scope.spawn(|| {
+        let yielding = scope.spawn(|| {
             // A matter of the thread; the programs that it starts inherit it.
             rustix::process::nice(YIELDING).context("lower the priority")?;
-            second()
+            first()
         });
-        let first = first();
-        let second = second.join().unwrap_or_else(|_panic| bail!("a thread of this program panicked"));
-        match (first, second) {
-            (Err(first), Err(second)) => Err(anyhow!("{first:#}; and {second:#}")),
-            (first, second) => first.and(second),
-        }
-    })
+        scope.spawn(run_steps);
+        note(yielding.join().unwrap_or_else(|_panic| bail!("a thread of this program panicked")));
+        run_steps();
+    });
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    ensure!(failed.is_empty(), "{}", failed.join("; and "));
+    Ok(())
 }
 
 /// A cargo command in the checkout's root, without input.

@@ -1,35 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask test`: everything that must hold, cheapest first.
 //!
-//! Guests are emulated on one processor at a time, so what measures no time runs beside them on the other. The scenarios that do measure
-//! have the machine for themselves, at the end.
+//! A guest is emulated on one processor, so what measures no time runs beside it on the other, at last a second guest. The scenarios that
+//! do measure have the machine for themselves, at the end.
 
 use anyhow::{Result, ensure};
 use vssd_tests::paths::PREBUILT_ENV;
 use vssd_tests::setup;
 
 use crate::programs::{self, Program};
-use crate::stages::{self, Stages, cargo, show};
+use crate::stages::{self, Stages, Step, cargo, show};
 use crate::{fuzz, sabotage, schedules};
 
-/// Scenarios with guests that measure no time.
-const UNHURRIED: [&str; 16] = [
-    "guest_vssd",
+/// Scenarios with guests that measure no time, the longest first so that none of them is left alone at the end.
+const UNHURRIED: [&str; 17] = [
     "guest_agent",
-    "guest_agent_only",
-    "guest_service",
-    "guest_hints",
     "guest_dm_cache",
-    "guest_stock",
-    "guest_boot",
-    "demo",
-    "harness",
+    "guest_vssd",
+    "host_kill",
+    "guest_agent_only",
     "host_power",
     "host_power_cut",
-    "host_kill",
-    "host_rotate",
     "host_clock",
+    "guest_stock",
+    "guest_hints",
+    "demo",
+    "guest_boot",
+    "guest_service",
+    "harness",
     "host_service",
+    "host_again",
+    "host_rotate",
 ];
 
 #[derive(Debug, clap::Args)]
@@ -45,14 +46,14 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let stages = Stages::new();
     let outcome = match &args.scenario {
-        Some(name) => run_scenario(name, &stages),
+        Some(name) => run_scenarios_like(name, &stages),
         None => run_all(args.quick, &stages),
     };
     stages.finish();
     outcome
 }
 
-fn run_scenario(name: &str, stages: &Stages) -> Result<()> {
+fn run_scenarios_like(name: &str, stages: &Stages) -> Result<()> {
     stages.run("set up", setup::ensure)?;
     let programs = stages.run("build", build)?;
     stages.run("guest driver, every kernel", stages::build_modules)?;
@@ -88,20 +89,24 @@ fn run_all(quick: bool, stages: &Stages) -> Result<()> {
     let broken = stages.run("build with sabotage", sabotage::build)?;
     let programs = stages.run("build", build)?;
     stages.run("guest driver, every kernel", stages::build_modules)?;
-    let (unhurried, measuring): (Vec<&Program>, Vec<&Program>) = programs
-        .iter()
-        .filter(|program| program.is_scenario())
-        .partition(|program| UNHURRIED.contains(&program.name()));
+    let (mut unhurried, measuring): (Vec<&Program>, Vec<&Program>) =
+        programs.iter().filter(|program| program.is_scenario()).partition(|program| at(program).is_some());
     ensure!(unhurried.len() == UNHURRIED.len(), "a scenario of {UNHURRIED:?} is missing");
+    unhurried.sort_by_key(|program| at(program));
+    let guests = unhurried.iter().map(|scenario| Box::new(|| run_scenario(scenario, &[], stages)) as Step);
     stages::beside(
-        || run_scenarios(&unhurried, &[], stages),
         || {
             without_guests(&programs, stages)?;
             stages.run("fuzz targets", || fuzz::run(&fuzz::Args::default()))?;
             stages.run("sabotage", || sabotage::run(&broken, &programs))
         },
+        guests.collect(),
     )?;
     run_scenarios(&measuring, &[], stages)
+}
+
+fn at(scenario: &Program) -> Option<usize> {
+    UNHURRIED.iter().position(|name| *name == scenario.name())
 }
 
 /// Builds everything that is tested or used by a test, and gives the test programs.
@@ -129,15 +134,16 @@ fn without_guests(programs: &[Program], stages: &Stages) -> Result<()> {
 
 /// One after the other, to the end whatever fails.
 fn run_scenarios(scenarios: &[&Program], filter: &[&str], stages: &Stages) -> Result<()> {
-    let mut failed = Vec::new();
-    for scenario in scenarios {
-        let mut command = scenario.command(&["--test-threads=1", "--nocapture"]);
-        // A scenario's error says what happened; where in the harness it was made does not matter.
-        command.args(filter).env(PREBUILT_ENV, "1").env("RUST_LIB_BACKTRACE", "0");
-        if let Err(error) = stages.run(&scenario.label(), || scenario.run(command)) {
-            failed.push(format!("{error:#}"));
-        }
-    }
+    let outcomes = scenarios.iter().map(|scenario| run_scenario(scenario, filter, stages));
+    let failed: Vec<String> =
+        outcomes.filter_map(|run| run.err().map(|error| format!("{error:#}"))).collect();
     ensure!(failed.is_empty(), "{}", failed.join("; "));
     Ok(())
+}
+
+fn run_scenario(scenario: &Program, filter: &[&str], stages: &Stages) -> Result<()> {
+    let mut command = scenario.command(&["--test-threads=1", "--nocapture"]);
+    // A scenario's error says what happened; where in the harness it was made does not matter.
+    command.args(filter).env(PREBUILT_ENV, "1").env("RUST_LIB_BACKTRACE", "0");
+    stages.run(&scenario.label(), || scenario.run(command))
 }
