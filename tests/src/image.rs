@@ -61,8 +61,8 @@ pub const SYSTEMD: &str = "vssd.systemd";
 /// Where Debian's libraries are.
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 
-/// How many images stay in the cache.
-const KEEP: usize = 12;
+/// How many images stay in the cache: more than are made while one scenario lasts.
+const KEEP: usize = 24;
 
 const INIT: &str = include_str!("init.sh");
 

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::process;
 
-/// Set by a caller that has already built every binary, so that none is rebuilt on demand.
+/// Set by a caller that has already built every binary, so that none is rebuilt on demand, and that starts the programs with guests.
 pub const PREBUILT_ENV: &str = "VSSD_TESTS_PREBUILT";
 /// Another daemon than the one of this checkout's build: a path.
 pub const BACKEND_ENV: &str = "VSSD_TESTS_BACKEND";

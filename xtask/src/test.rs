@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 //! `cargo xtask test`: everything that must hold, cheapest first.
 //!
-//! A guest is emulated on one processor, so what measures no time runs beside it on the other, at last a second guest. The scenarios that
-//! do measure have the machine for themselves, at the end.
+//! A guest seldom keeps two processors busy, so what measures no time runs beside it, at last a second guest. The scenarios that do measure
+//! have the machine for themselves, at the end.
 
 use anyhow::{Result, ensure};
 use vssd_tests::paths::PREBUILT_ENV;
