@@ -12,8 +12,8 @@ use clap::{Args, Parser};
 use serde::de::DeserializeOwned;
 
 use crate::error::{Error, Exit, Failure};
-use crate::output::{eprint_line, has_colour};
 use crate::program::Program;
+use crate::text::{eprint_line, has_colour};
 use crate::time::Millis;
 
 /// The options that every command takes.

@@ -15,8 +15,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use vssd_protocol::control::ErrorCode;
 
-use crate::output::{envelope, eprint_line, print_error};
 use crate::program::Program;
+use crate::text::{envelope, eprint_line, print_error};
 
 pub type Result<T> = std::result::Result<T, Error>;
 

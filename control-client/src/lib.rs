@@ -78,14 +78,16 @@ mod output;
 mod program;
 mod session;
 mod terminal;
+mod text;
 mod time;
 
 pub use args::{CommonArgs, one_of, parse, some_time};
 pub use client::{Answer, Client};
 pub use error::{Error, Exit, Failure, Refusal, Result};
 pub use events::{event_details, print_events};
-pub use output::{NOTHING, Output, envelope, eprint_line, has_colour, print_error, printable, word};
+pub use output::Output;
 pub use program::{Peer, Program};
 pub use session::Session;
 pub use terminal::{confirm, require_terminal};
+pub use text::{NOTHING, envelope, eprint_line, has_colour, print_error, printable, word};
 pub use time::{Millis, ParseMillisError};

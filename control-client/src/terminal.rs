@@ -5,7 +5,7 @@
 use std::io::{self, BufRead, IsTerminal, Write};
 
 use crate::error::{Error, Result};
-use crate::output::printable;
+use crate::text::printable;
 
 /// Asks on a terminal whether `question` is meant; elsewhere `--yes` has to say so, see [`require_terminal`].
 pub fn confirm(question: &str) -> Result<()> {

@@ -14,7 +14,7 @@ use vssd_tests::scenario::{Disk, ENODATA, Range, blocks, normal};
 
 use super::host::{Host, Pool};
 use super::lab::Lab;
-use super::plots;
+use super::plots::{self, Access, Bin};
 use super::progress::Progress;
 use super::report::{Section, csv, table};
 use crate::report::Verdict;
@@ -325,7 +325,7 @@ pub(super) fn section(plan: &Plan, found: &Found) -> Result<Section> {
     let lines = found.trials.iter().map(|t| {
         format!("{},{},{},{},{:.6},{}", t.seed, t.manager, t.hits, t.misses, t.miss_ratio(), t.expected)
     });
-    let access = Access::of(plan, found)?;
+    let access = access(plan, found)?;
     Ok(Section {
         title: "2. Guest-managed against hypervisor-managed eviction".into(),
         text,
@@ -373,50 +373,31 @@ fn outside(plan: &Plan) -> f64 {
     (1.0 - on_disk / (sigma * (2.0 * std::f64::consts::PI).sqrt())).max(0.0)
 }
 
-/// A piece of the disk.
-#[derive(Clone, Debug)]
-pub(super) struct Bin {
-    pub(super) first: u64,
-    pub(super) reads: u64,
-    /// Shares of its blocks that went.
-    pub(super) guest: f64,
-    pub(super) hypervisor: f64,
-}
-
-/// Where the application reads and what goes, in the trials of the first seed.
-#[derive(Clone, Debug)]
-pub(super) struct Access {
-    pub(super) blocks: u64,
-    pub(super) bins: Vec<Bin>,
-}
-
-impl Access {
-    fn of(plan: &Plan, found: &Found) -> Result<Self> {
-        let width = plan.blocks().div_ceil(BINS);
-        let count = usize::try_from(plan.blocks().div_ceil(width))?;
-        let place = |block: u64| usize::try_from(block / width).unwrap_or(usize::MAX);
-        let tally = |blocks: &mut dyn Iterator<Item = u64>| {
-            let mut bins = vec![0u64; count];
-            blocks.for_each(|block| bins[place(block)] += 1);
-            bins
-        };
-        let each =
-            |ranges: &[Range]| ranges.iter().flat_map(|(start, n)| *start..start + n).collect::<Vec<_>>();
-        let reads = tally(&mut plan.bell()?.draws(Plan::real(0), plan.reads));
-        let guest = tally(&mut each(&found.guest).into_iter());
-        let hypervisor = tally(&mut each(&found.hypervisor).into_iter());
-        let bins = (0..plan.blocks())
-            .step_by(usize::try_from(width)?)
-            .zip(reads.iter().zip(guest.iter().zip(&hypervisor)))
-            .map(|(first, (reads, (guest, hypervisor)))| Bin {
-                first,
-                reads: *reads,
-                guest: *guest as f64 / width as f64,
-                hypervisor: *hypervisor as f64 / width as f64,
-            })
-            .collect();
-        Ok(Self { blocks: plan.blocks(), bins })
-    }
+/// Where the application reads and what goes, piece by piece.
+fn access(plan: &Plan, found: &Found) -> Result<Access> {
+    let width = plan.blocks().div_ceil(BINS);
+    let count = usize::try_from(plan.blocks().div_ceil(width))?;
+    let place = |block: u64| usize::try_from(block / width).unwrap_or(usize::MAX);
+    let tally = |blocks: &mut dyn Iterator<Item = u64>| {
+        let mut bins = vec![0u64; count];
+        blocks.for_each(|block| bins[place(block)] += 1);
+        bins
+    };
+    let each = |ranges: &[Range]| ranges.iter().flat_map(|(start, n)| *start..start + n).collect::<Vec<_>>();
+    let reads = tally(&mut plan.bell()?.draws(Plan::real(0), plan.reads));
+    let guest = tally(&mut each(&found.guest).into_iter());
+    let hypervisor = tally(&mut each(&found.hypervisor).into_iter());
+    let bins = (0..plan.blocks())
+        .step_by(usize::try_from(width)?)
+        .zip(reads.iter().zip(guest.iter().zip(&hypervisor)))
+        .map(|(first, (reads, (guest, hypervisor)))| Bin {
+            first,
+            reads: *reads,
+            guest: *guest as f64 / width as f64,
+            hypervisor: *hypervisor as f64 / width as f64,
+        })
+        .collect();
+    Ok(Access { blocks: plan.blocks(), bins })
 }
 
 #[cfg(test)]
@@ -478,7 +459,7 @@ mod tests {
         let plan = Plan::QUICK;
         let found =
             Found { guest: vec![(0, 2048)], hypervisor: normal(uniform(&plan, 1)), ..Found::default() };
-        let access = Access::of(&plan, &found).unwrap();
+        let access = access(&plan, &found).unwrap();
         assert_eq!(access.bins.len() as u64, BINS);
         assert_eq!(access.bins.iter().map(|bin| bin.reads).sum::<u64>(), plan.reads);
         assert!((access.bins[0].guest - 1.0).abs() < 1e-9 && access.bins[32].guest.abs() < 1e-9);

@@ -11,7 +11,6 @@ use plotters::prelude::{
     PathElement, RGBColor, Ranged, Rectangle, SVGBackend, Text, WHITE,
 };
 
-use super::eviction::Access;
 use crate::report::figures::{seconds, share};
 use crate::stats::Confidence;
 
@@ -141,6 +140,23 @@ where
         .label_font(SMALL)
         .draw()?;
     Ok(())
+}
+
+/// A piece of the disk.
+#[derive(Clone, Debug)]
+pub(super) struct Bin {
+    pub(super) first: u64,
+    pub(super) reads: u64,
+    /// Shares of its blocks that went.
+    pub(super) guest: f64,
+    pub(super) hypervisor: f64,
+}
+
+/// Where the application reads and what goes, in the trials of the first seed.
+#[derive(Clone, Debug)]
+pub(super) struct Access {
+    pub(super) blocks: u64,
+    pub(super) bins: Vec<Bin>,
 }
 
 /// Where the application reads, and below it what has gone of each piece of the disk.
@@ -306,7 +322,6 @@ pub(super) fn resize(size: &str, panels: &[[Vec<Spread>; 2]; 2]) -> Result<Strin
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::paper::eviction::Bin;
 
     fn circles(svg: &str) -> usize {
         svg.matches("<circle").count()
