@@ -6,21 +6,21 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use vssd_protocol::units::{BlockSize, PhysicalBlock};
 
 use crate::arbiter::Capacity;
+use crate::bell::Bell;
 use crate::command::Command;
-use crate::durability::Syncs;
 use crate::error::{Error, Result};
 use crate::grace::{Grace, MAX_LANES};
 use crate::journal::{Journal, Ledger};
-use crate::lock;
 use crate::sabotage::{Sabotage, active};
 use crate::store::Store;
 use crate::superblock::Layout;
+use crate::syncs::Syncs;
 use crate::types::{MediumKind, VssdId};
 use crate::vssd::Vssd;
 
@@ -40,36 +40,6 @@ impl Medium {
     }
 }
 
-/// A flag that a thread can sleep on.
-#[derive(Debug, Default)]
-pub(crate) struct Bell {
-    rung: Mutex<bool>,
-    sleeper: Condvar,
-}
-
-impl Bell {
-    pub(crate) fn ring(&self) {
-        *lock(&self.rung) = true;
-        self.sleeper.notify_one();
-    }
-
-    /// Sleeps until it is rung, or for `limit`.
-    pub(crate) fn wait(&self, limit: Option<Duration>) {
-        let mut rung = lock(&self.rung);
-        while !*rung {
-            match limit {
-                Some(limit) => {
-                    (rung, _) =
-                        self.sleeper.wait_timeout(rung, limit).unwrap_or_else(PoisonError::into_inner);
-                    break;
-                }
-                None => rung = self.sleeper.wait(rung).unwrap_or_else(PoisonError::into_inner),
-            }
-        }
-        *rung = false;
-    }
-}
-
 /// What others see of a lane.
 #[repr(align(128))]
 #[derive(Debug, Default)]
@@ -86,6 +56,21 @@ pub(crate) struct LaneSlot {
 }
 
 impl LaneSlot {
+    /// Only the lane calls it. From here on a sync of the medium is needed for what it wrote.
+    pub(crate) fn completed(&self, kind: MediumKind, writes: u64) {
+        Self::add(&self.writes[kind.index()], writes);
+    }
+
+    /// Only the lane calls it.
+    pub(crate) fn moved(&self, kind: MediumKind, bytes: u64) {
+        Self::add(&self.data_bytes_written[kind.index()], bytes);
+    }
+
+    /// To a counter that only this thread writes.
+    fn add(counter: &AtomicU64, by: u64) {
+        counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Release);
+    }
+
     pub(crate) fn event(&self) -> std::io::Result<&OwnedFd> {
         if let Some(event) = self.event.get() {
             return Ok(event);

@@ -9,47 +9,11 @@
 //!
 //! It knows neither vSSDs nor requests.
 
-use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
-use crate::core::{Bell, Core};
+use crate::core::Core;
 use crate::error::{Error, Result};
-use crate::lock;
 use crate::types::MediumKind;
-
-/// Called once, as a rule on the syncer's thread: it must only hand over.
-pub type SyncDone = Box<dyn FnOnce(Result<()>) + Send>;
-
-/// Those who wait for the syncer.
-#[derive(Default)]
-pub(crate) struct Syncs {
-    /// `None` while there is no syncer.
-    waiting: Mutex<Option<Vec<SyncDone>>>,
-    pub(crate) bell: Bell,
-}
-
-impl std::fmt::Debug for Syncs {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Syncs({:?} waiting)", lock(&self.waiting).as_ref().map(Vec::len))
-    }
-}
-
-impl Syncs {
-    /// There will be a syncer: who asks from now on waits for it.
-    pub(crate) fn open(&self) {
-        lock(&self.waiting).get_or_insert_default();
-    }
-
-    /// Gives `done` back if there is no syncer.
-    pub(crate) fn ask(&self, done: SyncDone) -> std::result::Result<(), SyncDone> {
-        match &mut *lock(&self.waiting) {
-            Some(waiting) => waiting.push(done),
-            None => return Err(done),
-        }
-        self.bell.ring();
-        Ok(())
-    }
-}
 
 impl Core {
     /// How many completed writes a sync of the medium would cover; `None` if all of them are durable.
@@ -97,7 +61,7 @@ pub(crate) fn run_syncer(core: &Core) {
     let _guard = NobodyWaitsForTheDead(core);
     while !core.stop.load(Ordering::Acquire) {
         core.syncs.bell.wait(None);
-        let waiting = lock(&core.syncs.waiting).as_mut().map(std::mem::take).unwrap_or_default();
+        let waiting = core.syncs.take();
         if waiting.is_empty() {
             continue;
         }
@@ -115,8 +79,7 @@ struct NobodyWaitsForTheDead<'a>(&'a Core);
 
 impl Drop for NobodyWaitsForTheDead<'_> {
     fn drop(&mut self) {
-        let waiting = lock(&self.0.syncs.waiting).take();
-        for done in waiting.into_iter().flatten() {
+        for done in self.0.syncs.close() {
             done(Err(Error::Busy { what: "the pool".to_owned() }));
         }
     }

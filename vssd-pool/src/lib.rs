@@ -25,6 +25,7 @@
 //! control channel.
 
 mod arbiter;
+mod bell;
 mod bitmap;
 mod blocks;
 mod check;
@@ -49,17 +50,18 @@ mod state;
 pub mod store;
 mod superblock;
 mod sync;
+mod syncs;
 pub mod turns;
 mod types;
 mod vssd;
 
 pub use check::{CheckOptions, CheckReport, Finding, Severity};
 pub use command::ResizeDone;
-pub use durability::SyncDone;
 pub use error::{Error, Result};
 pub use lane::Lane;
 pub use pool::Pool;
 pub use superblock::medium_bytes;
+pub use syncs::SyncDone;
 pub use types::{
     Cache, Class, CreateOptions, IoError, MediumInfo, MediumKind, MediumPath, MediumSpec, OpenOptions,
     Persistence, PoolInfo, PoolThread, RangeStatus, Submitted, ThreadStart, Uuid, VssdAttrs, VssdId,

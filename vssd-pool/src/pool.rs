@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use vssd_protocol::units::{BlockRange, BlockSize};
 
+use crate::bell::Bell;
 use crate::bitmap::Bitmap;
 use crate::blocks::Blocks;
 use crate::check::{self, CheckOptions, CheckReport};
 use crate::checkpoint::{self, Contents, Slot};
 use crate::command::{Command, Reply, Resize, ResizeDone};
-use crate::core::{Bell, Core, LaneSlot};
-use crate::durability::{SyncDone, Syncs, run_syncer};
+use crate::core::{Core, LaneSlot};
+use crate::durability::run_syncer;
 use crate::error::{Error, Result};
 use crate::grace::Grace;
 use crate::journal::Journal;
@@ -30,6 +31,7 @@ use crate::sabotage::{Sabotage, active};
 use crate::scrub::{self, Round};
 use crate::store::{self, Store};
 use crate::superblock::{self, COPIES, HEADER, SIZE, Superblock};
+use crate::syncs::{SyncDone, Syncs};
 use crate::types::{
     CreateOptions, MediumInfo, MediumKind, MediumPath, OpenOptions, PoolInfo, PoolThread, RangeStatus,
     ThreadStart, VssdAttrs, VssdId, VssdSpec,

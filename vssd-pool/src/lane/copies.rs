@@ -7,7 +7,6 @@
 //! and all of them before the batch's requests are reported to anyone.
 
 use super::ring::Direction;
-use super::work::add;
 use crate::core::Core;
 use crate::types::MediumKind;
 
@@ -72,8 +71,8 @@ impl Copies {
         let wrote = std::mem::take(&mut self.wrote);
         if wrote != [0; 2] {
             core.media.iter().flatten().for_each(|medium| medium.store.settle());
-            for (counter, wrote) in core.lanes[slot].writes.iter().zip(wrote) {
-                add(counter, wrote);
+            for kind in MediumKind::ALL {
+                core.lanes[slot].completed(kind, wrote[kind.index()]);
             }
         }
     }

@@ -10,7 +10,7 @@ use super::copies::Copy;
 use super::iov::Cursor;
 use super::job::{Job, Op, Outcome, Step, Stop, Why, errno};
 use super::ring::Direction;
-use super::work::{Work, add};
+use super::work::Work;
 use crate::core::Core;
 use crate::map::Entry;
 use crate::record::Record;
@@ -191,7 +191,7 @@ impl Work {
                 unsafe { copies.push(core, copy) }
             });
             if direction == Direction::Write {
-                add(&core.lanes[self.slot].data_bytes_written[kind.index()], len);
+                core.lanes[self.slot].moved(kind, len);
             }
             if let Err(error) = copied {
                 self.fail_request(request, errno(&error))?;
@@ -401,7 +401,7 @@ impl Work {
         count(&job.vssd.counters(self.slot).bytes_written[kind.index()], len);
         if !medium.store.ring().is_some_and(|ring| ring.data) {
             let result = medium.store.zero(offset, len);
-            add(&core.lanes[self.slot].writes[kind.index()], 1);
+            core.lanes[self.slot].completed(kind, 1);
             return result.or_else(|error| self.fail_request(*request, errno(&error)));
         }
         let zeroes = self.zeroes.get_or_insert_with(|| AlignedBuf::zeroed(ZEROES)).as_mut_ptr();

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 use std::time::Instant;
 
 use vssd_protocol::units::SECTOR_SIZE;
@@ -86,11 +86,6 @@ pub(super) struct Work {
     retrying_since: Option<Instant>,
     /// Records could not be handed over. Said once: later changes are refused at once.
     unrecorded: bool,
-}
-
-/// Adds to a counter that only this thread writes.
-pub(super) fn add(counter: &AtomicU64, by: u64) {
-    counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Release);
 }
 
 impl Work {
@@ -454,14 +449,13 @@ impl Work {
     }
 
     fn finished(&mut self, core: &Core, part: &Finished) {
-        let i = part.medium.index();
         if let Some(writes) = part.synced {
             self.synced(core, part.medium, writes, part.result);
             return;
         }
         if part.written > 0 {
-            add(&core.lanes[self.slot].data_bytes_written[i], part.written);
-            add(&core.lanes[self.slot].writes[i], 1);
+            core.lanes[self.slot].moved(part.medium, part.written);
+            core.lanes[self.slot].completed(part.medium, 1);
         }
         if let Err(error) = part.result {
             self.requests[part.request as usize].result = Err(error);
