@@ -4,8 +4,10 @@
 //! KVM is used where it really boots a guest, else emulation. Override with `VSSD_ACCEL=kvm` or `tcg`.
 
 use std::env;
+use std::ffi::OsStr;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -117,6 +119,21 @@ impl QemuBinary {
             command.arg("-L").arg(dir);
         }
         command
+    }
+
+    /// Writes a program that is this one wherever it is started from, for whoever knows nothing of its folders.
+    pub fn write_starter(&self, path: &Path) -> Result<()> {
+        let command = self.command();
+        let quoted = |text: &OsStr| format!("'{}'", text.to_string_lossy().replace('\'', r"'\''"));
+        let mut text = "#!/bin/sh\n".to_owned();
+        for (name, value) in command.get_envs() {
+            text += &format!("export {}={}\n", name.to_string_lossy(), quoted(value.unwrap_or_default()));
+        }
+        text += &format!("exec {}", quoted(command.get_program()));
+        command.get_args().for_each(|arg| text += &format!(" {}", quoted(arg)));
+        text += " \"$@\"\n";
+        fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+        Ok(fs::set_permissions(path, Permissions::from_mode(0o755))?)
     }
 
     /// The executable.

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -84,6 +84,11 @@ impl PoolHost {
             .args(options.iter().copied())
             .started()?;
         Ok(Self { daemon, ctl: Ctl::new(&control_socket(&runtime))?, pool, runtime })
+    }
+
+    /// Where its sockets are.
+    pub fn runtime(&self) -> &Path {
+        &self.runtime
     }
 
     /// Makes a vSSD; `options` as for `balloon-ctl create`. Gives its socket.

@@ -102,6 +102,11 @@ impl Said {
 
 impl VmHost {
     pub fn new() -> Result<Self> {
+        Self::with("")
+    }
+
+    /// With more tables for its configuration, in which `LIVE` stands for [`VmHost::live`].
+    pub fn with(more: &str) -> Result<Self> {
         let host = Self { scratch: Scratch::new()?, daemon: None };
         for dir in ["live/nv", "live/state", "live/run", "live/log", "kept"] {
             fs::create_dir_all(host.scratch.join(dir))?;
@@ -115,13 +120,19 @@ impl VmHost {
              [vssd]\nruntime_dir = '{live}/vssd'\n\
              [[nvram]]\nname = 'nv0'\npath = '{live}/nv'\ndeclared_persistent = true\n"
         );
-        fs::write(host.live().join("vm-host.toml"), config)?;
+        let more = more.replace("LIVE", &live);
+        fs::write(host.live().join("vm-host.toml"), config + &more)?;
         Ok(host)
     }
 
     /// Where all of it is.
     pub fn live(&self) -> PathBuf {
         self.scratch.join("live")
+    }
+
+    /// Where a vssd-backend has its sockets for this host's VMs.
+    pub fn vssd_runtime(&self) -> PathBuf {
+        self.live().join("vssd")
     }
 
     /// A VM with its memory in NV-RAM that boots `image`.

@@ -13,7 +13,7 @@ use crate::stages::{self, Stages, Step, cargo, show};
 use crate::{fuzz, sabotage, schedules};
 
 /// Scenarios with guests that measure no time, the longest first so that none of them is left alone at the end.
-const UNHURRIED: [&str; 17] = [
+const UNHURRIED: [&str; 18] = [
     "guest_agent",
     "guest_dm_cache",
     "guest_vssd",
@@ -29,6 +29,7 @@ const UNHURRIED: [&str; 17] = [
     "guest_service",
     "harness",
     "host_service",
+    "host_versions",
     "host_again",
     "host_rotate",
 ];

@@ -263,7 +263,10 @@ impl Keeper {
     /// be tried again.
     fn restore(&mut self, saved: &SavedState, launch: Launch) -> Done {
         self.launch(&launch, Begin::Restore)?;
-        let loaded = self.load(saved, &launch).and_then(|()| self.go_on(launch, "restored"));
+        let loaded = self.load(saved, &launch).and_then(|version| {
+            // What it is saved by the next time, an older one need not understand.
+            self.go_on(Launch { version, ..launch }, "restored")
+        });
         if let Err(fault) = loaded {
             if self.state() == VmState::Saved {
                 self.end_machine();
@@ -274,7 +277,8 @@ impl Keeper {
         Ok(())
     }
 
-    fn load(&mut self, saved: &SavedState, launch: &Launch) -> Done {
+    /// Gives the version of the hypervisor that took it.
+    fn load(&mut self, saved: &SavedState, launch: &Launch) -> Result<String, Fault> {
         let name = self.name().to_owned();
         let machine = self.machine.as_deref_mut().ok_or_else(|| gone(&name))?;
         if is_older(machine.version(), &launch.version) {
@@ -286,7 +290,8 @@ impl Keeper {
             return Err(Fault::new(ErrorCode::State, message)
                 .hint("install that version again, or a later one; nothing was changed"));
         }
-        Ok(machine.load(&saved.payload)?)
+        machine.load(&saved.payload)?;
+        Ok(machine.version().to_owned())
     }
 
     /// What a start of the daemon finds.
