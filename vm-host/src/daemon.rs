@@ -23,7 +23,6 @@ use crate::host::Host;
 use crate::news::Reporter;
 use crate::power::{SourceConfig, StartError, block_signals};
 use crate::service::Verbs;
-use crate::vmm::qemu::Qemu;
 
 /// How long calls that are under way may take to end when the daemon is asked to.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -71,7 +70,7 @@ pub fn run(config: &Config) -> Result<(), DaemonError> {
     let guard = Unstarted::new();
     let backend = config.vssd.runtime_dir.join("control.sock");
     let reporter = Arc::new(Reporter { feed: Arc::clone(&feed), bell: guard.bell(), backend });
-    let host = Arc::new(Host::open(config, Arc::new(Qemu), Arc::clone(&reporter) as _)?);
+    let host = Arc::new(Host::open(config, Arc::clone(&reporter) as _)?);
     // The power may fail again while guests are being resumed.
     let guard = guard.start(config.power.clone(), Arc::clone(&host), reporter)?;
     let recovered = host.recover();

@@ -7,6 +7,7 @@
 //! memory = "4GiB"
 //! cpus = 2
 //! nvram = "nv0"              # a medium of the daemon's; without it the VM is an ordinary one
+//! hypervisor = "qemu"        # or "cloud-hypervisor"; `emulator` names its program
 //! priority = 10              # saved before those with less
 //! kernel = "/boot/vmlinuz"   # or [[disk]] and firmware
 //! cmdline = "console=ttyS0 root=/dev/vda"
@@ -15,10 +16,10 @@
 //! name = "db-data"
 //!
 //! [[network]]
-//! netdev = "tap,ifname=db0,script=no,downscript=no"
+//! tap = "db0"
 //! ```
 //!
-//! Says nothing about which hypervisor makes what of it.
+//! Looks at each value by itself. What a hypervisor makes of it, and what it cannot, [`crate::vmm`] says.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,36 @@ pub enum DefinitionError {
     Syntax(#[from] toml::de::Error),
     #[error("{key}: {problem}")]
     Value { key: String, problem: String },
+    #[error("{key}: {hypervisor} {problem}")]
+    Unsupported { hypervisor: Hypervisor, key: String, problem: String, hint: String },
+}
+
+/// Which hypervisor runs a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hypervisor {
+    #[default]
+    Qemu,
+    CloudHypervisor,
+}
+
+impl Hypervisor {
+    /// What it is started as where a definition names no program.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu-system-x86_64",
+            Self::CloudHypervisor => "cloud-hypervisor",
+        }
+    }
+}
+
+impl fmt::Display for Hypervisor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Qemu => "QEMU",
+            Self::CloudHypervisor => "cloud-hypervisor",
+        })
+    }
 }
 
 /// A size as people write it, `4GiB`.
@@ -123,11 +154,33 @@ pub struct VssdDefinition {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkDefinition {
-    /// The hypervisor's description of what it is plugged into, without an id: `tap,ifname=vm0,script=no,downscript=no`.
-    pub netdev: String,
+    /// The tap device that it is plugged into. This or `netdev`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// QEMU's description of something else that it is plugged into, without an id: `user`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub netdev: Option<String>,
     /// Made from the VM's name and the card's place otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
+}
+
+impl NetworkDefinition {
+    /// Its address; the same for the same card, the `at`-th, of the same VM.
+    pub fn mac_in(&self, vm: &str, at: usize) -> String {
+        self.mac.clone().unwrap_or_else(|| made_mac(vm, at))
+    }
+}
+
+/// A locally administered address.
+fn made_mac(vm: &str, at: usize) -> String {
+    // FNV-1a: any hash that stays the same from one version of this program to the next.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    for byte in vm.bytes().chain([0]).chain(at.to_le_bytes()) {
+        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    let [a, b, c, ..] = hash.to_be_bytes();
+    format!("52:54:00:{a:02x}:{b:02x}:{c:02x}")
 }
 
 /// A VM as its operator wants it.
@@ -147,8 +200,11 @@ pub struct Definition {
     /// Start it with the daemon, if it does not come back from NV-RAM anyway.
     #[serde(default)]
     pub autostart: bool,
-    #[serde(default = "qemu")]
-    pub emulator: PathBuf,
+    #[serde(default)]
+    pub hypervisor: Hypervisor,
+    /// The hypervisor's program; found in the daemon's `PATH` otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub emulator: Option<PathBuf>,
     /// Machine type; the emulator's newest otherwise, with its version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<String>,
@@ -189,16 +245,17 @@ fn raw() -> String {
     "raw".to_owned()
 }
 
-fn qemu() -> PathBuf {
-    "qemu-system-x86_64".into()
-}
-
 impl Definition {
     /// Reads a definition and looks at each value by itself.
     pub fn parse(text: &str) -> Result<Self, DefinitionError> {
         let definition: Self = toml::from_str(text)?;
         definition.check()?;
         Ok(definition)
+    }
+
+    /// The hypervisor's program.
+    pub fn emulator(&self) -> &Path {
+        self.emulator.as_deref().unwrap_or_else(|| Path::new(self.hypervisor.program()))
     }
 
     pub fn is_persistent(&self) -> bool {
@@ -241,6 +298,18 @@ impl Definition {
             }
         }
         for (at, network) in self.network.iter().enumerate() {
+            match (&network.tap, &network.netdev) {
+                (Some(tap), None) if !is_interface(tap) => {
+                    return wrong(
+                        &format!("network.{at}.tap"),
+                        format!("{tap:?} is no name of a network device"),
+                    );
+                }
+                (Some(_), None) | (None, Some(_)) => {}
+                (Some(_), Some(_)) | (None, None) => {
+                    return wrong(&format!("network.{at}"), "it has either a tap or a netdev".to_owned());
+                }
+            }
             if network.mac.as_deref().is_some_and(|mac| !is_mac(mac)) {
                 let problem = "not six pairs of hexadecimal digits with colons between them".to_owned();
                 return wrong(&format!("network.{at}.mac"), problem);
@@ -259,6 +328,13 @@ fn absolute(key: &str, path: &Path) -> Result<(), DefinitionError> {
     Err(DefinitionError::Value { key: key.to_owned(), problem })
 }
 
+/// As Linux has it, but for a comma, which ends a value in QEMU's option syntax.
+fn is_interface(name: &str) -> bool {
+    (1..=15).contains(&name.len())
+        && name.bytes().all(|byte| byte.is_ascii_graphic() && !b"/:,".contains(&byte))
+        && ![".", ".."].contains(&name)
+}
+
 fn is_mac(text: &str) -> bool {
     let parts: Vec<&str> = text.split(':').collect();
     parts.len() == 6
@@ -274,7 +350,7 @@ mod tests {
     fn problem(text: &str) -> String {
         match Definition::parse(text).unwrap_err() {
             DefinitionError::Syntax(error) => error.message().to_owned(),
-            error @ DefinitionError::Value { .. } => error.to_string(),
+            error => error.to_string(),
         }
     }
 
@@ -284,6 +360,24 @@ mod tests {
         assert_eq!((definition.cpus, definition.memory.0), (1, 64 << 20));
         assert_eq!(definition.disk[0].cache, DiskCache::Directsync);
         assert!(!definition.is_persistent() && !definition.autostart);
+        assert_eq!(definition.emulator(), Path::new("qemu-system-x86_64"));
+    }
+
+    #[test]
+    fn each_hypervisor_has_its_program() {
+        let other = format!("{SMALL}hypervisor = 'cloud-hypervisor'\n");
+        assert_eq!(Definition::parse(&other).unwrap().emulator(), Path::new("cloud-hypervisor"));
+        let named = Definition::parse(&format!("{other}emulator = '/opt/ch'\n")).unwrap();
+        assert_eq!(named.emulator(), Path::new("/opt/ch"));
+    }
+
+    #[test]
+    fn an_address_that_was_made_stays_and_differs_from_others() {
+        let text = format!("{SMALL}[[network]]\ntap = 't0'\n");
+        let card = &Definition::parse(&text).unwrap().network[0];
+        assert_eq!(card.mac_in("a", 0), "52:54:00:65:d2:07");
+        assert_ne!(card.mac_in("a", 0), card.mac_in("a", 1));
+        assert_ne!(card.mac_in("a", 0), card.mac_in("b", 0));
     }
 
     #[test]
@@ -310,6 +404,10 @@ mod tests {
             (&format!("{SMALL}[[disk]]\npath = 'd'"), "disk.0.path"),
             (&format!("{SMALL}[[vssd]]\nname = ''"), "vssd.0.name"),
             (&format!("{SMALL}[[network]]\nnetdev = 'user'\nmac = '1:2'"), "network.0.mac"),
+            (&format!("{SMALL}[[network]]\n"), "network.0"),
+            (&format!("{SMALL}[[network]]\ntap = 'a'\nnetdev = 'user'"), "network.0"),
+            (&format!("{SMALL}[[network]]\ntap = 'a,script=x'"), "network.0.tap"),
+            (&format!("{SMALL}hypervisor = 'xen'"), "xen"),
             (&format!("{SMALL}colour = 'red'"), "colour"),
         ] {
             assert!(problem(text).contains(word), "{text}: {}", problem(text));

@@ -48,6 +48,10 @@ impl From<RecordError> for Fault {
 
 impl From<DefinitionError> for Fault {
     fn from(error: DefinitionError) -> Self {
-        Self::of(ErrorCode::InvalidParams, &error)
+        let fault = Self::of(ErrorCode::InvalidParams, &error);
+        match error {
+            DefinitionError::Unsupported { hint, .. } => fault.hint(hint),
+            DefinitionError::Syntax(_) | DefinitionError::Value { .. } => fault,
+        }
     }
 }

@@ -25,11 +25,11 @@ use crate::config::Config;
 use crate::definition::Definition;
 use crate::fault::Fault;
 use crate::lint::{self, Finding, Level};
-use crate::nvram::{self, MediumConfig, Nvram, Verdict};
+use crate::nvram::{self, MediumConfig, MediumKind, Nvram, Verdict};
 use crate::power::budget::{self, Budget, Plan, Steps};
 use crate::record::{Record, Records, Wanted};
 use crate::vm::{Order, Shared, Status, Tell, Vm, VmState};
-use crate::vmm::Vmm;
+use crate::vmm;
 
 /// What each step of a save is taken to need before it was ever measured, in microseconds.
 const ASSUMED: Steps = Steps { stop_us: 5_000, save_us: 20_000, commit_us: 5_000, flush_us: 20_000 };
@@ -67,7 +67,7 @@ pub struct Host {
 
 impl Host {
     /// Opens the media and reads the records. No machine is looked at before [`Host::recover`].
-    pub fn open(config: &Config, vmm: Arc<dyn Vmm>, teller: Arc<dyn Tell>) -> Result<Self, Fault> {
+    pub fn open(config: &Config, teller: Arc<dyn Tell>) -> Result<Self, Fault> {
         let media: Vec<Medium> = config.nvram.iter().map(open_medium).collect();
         let open = media
             .iter()
@@ -75,7 +75,6 @@ impl Host {
         let shared = Arc::new(Shared {
             records: Records::open(&config.state_dir.join("vms"))?,
             media: open.collect(),
-            vmm,
             runtime_dir: config.runtime_dir.join("vms"),
             log_dir: config.log_dir.clone(),
             vssd_dir: config.vssd.runtime_dir.join("dev"),
@@ -121,7 +120,8 @@ impl Host {
     // ---- for operators ----
 
     pub fn define(&self, text: &str, replace: bool) -> Result<Status, Fault> {
-        let definition = Definition::parse(text)?;
+        let definition = vmm::read_definition(text)?;
+        self.check_place(&definition)?;
         let _one = self.one_at_a_time();
         let name = definition.name.clone();
         if let Some(fault) = self.unreadable.get(&name) {
@@ -175,7 +175,7 @@ impl Host {
     }
 
     pub fn lint(&self, text: &str) -> Result<Vec<Finding>, Fault> {
-        Ok(lint::lint(&Definition::parse(text)?))
+        Ok(lint::lint(&vmm::read_definition(text)?))
     }
 
     pub fn media(&self) -> &[Medium] {
@@ -292,6 +292,24 @@ impl Host {
             )
         })?;
         Ok(())
+    }
+
+    /// Whether the hypervisor can use memory as it lies on the medium. One that cannot be looked at is not judged.
+    fn check_place(&self, definition: &Definition) -> Result<(), Fault> {
+        let named = self.media.iter().find(|medium| Some(&medium.config.name) == definition.nvram.as_ref());
+        let Some(Ok(nvram)) = named.map(|medium| &medium.nvram) else { return Ok(()) };
+        let whole = nvram.capabilities().kind == MediumKind::Directory;
+        if whole || vmm::of(definition.hypervisor).can_use_part_of_file() {
+            return Ok(());
+        }
+        let message = format!(
+            "nvram: {} needs a file for a guest's memory alone, and {} is one device for all",
+            definition.hypervisor,
+            nvram.name()
+        );
+        Err(Fault::new(ErrorCode::InvalidParams, message).hint(
+            "make a file system with DAX on the device and name a directory of it as NV-RAM, or use QEMU",
+        ))
     }
 
     fn check_medium(&self, name: &str) -> Result<(), Fault> {

@@ -28,6 +28,7 @@ pub mod nvram;
 pub mod power;
 pub mod record;
 pub mod service;
+mod unix;
 pub mod vm;
 pub mod vmm;
 pub mod wire;

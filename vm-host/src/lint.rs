@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::definition::{Definition, DiskCache};
+use crate::definition::{Definition, DiskCache, Hypervisor};
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +45,17 @@ pub fn lint(definition: &Definition) -> Vec<Finding> {
         let allowed = definition.allow.iter().any(|allowed| allowed == name);
         found.push(Finding { name: name.to_owned(), level, message, hint: hint.to_owned(), allowed });
     };
+    // What QEMU can do for a disk, cloud-hypervisor cannot: its disks always have a write cache.
+    let (past_caches, past_page_cache) = match definition.hypervisor {
+        Hypervisor::Qemu => (
+            "cache = \"directsync\", or allow it where the disk has power-loss protection",
+            "cache = \"directsync\"",
+        ),
+        Hypervisor::CloudHypervisor => (
+            "use a vSSD or QEMU, or allow it where the disk has power-loss protection",
+            "cache = \"none\", or a vSSD",
+        ),
+    };
     for disk in &definition.disk {
         let path = disk.path.display();
         match disk.cache {
@@ -56,7 +67,7 @@ pub fn lint(definition: &Definition) -> Vec<Finding> {
                 format!(
                     "{path}: the guest is told that a write is done while it may be in the disk's own cache"
                 ),
-                "cache = \"directsync\", or allow it where the disk has power-loss protection",
+                past_caches,
             ),
             DiskCache::Writeback | DiskCache::Unsafe => add(
                 "disk-cache",
@@ -64,7 +75,7 @@ pub fn lint(definition: &Definition) -> Vec<Finding> {
                 format!(
                     "{path}: what the guest wrote may be in this host's page cache, which does not survive"
                 ),
-                "cache = \"directsync\"",
+                past_page_cache,
             ),
         }
     }
@@ -112,13 +123,12 @@ pub fn lint(definition: &Definition) -> Vec<Finding> {
             "leave it out",
         );
     }
-    if let Some(network) =
-        definition.network.iter().find(|network| network.netdev.split(',').next() == Some("user"))
-    {
+    let netdevs = || definition.network.iter().filter_map(|network| network.netdev.as_deref());
+    if let Some(netdev) = netdevs().find(|netdev| netdev.split(',').next() == Some("user")) {
         add(
             "user-network",
             Level::Warning,
-            format!("{}: connections to the outside end with the hypervisor's process", network.netdev),
+            format!("{netdev}: connections to the outside end with the hypervisor's process"),
             "use tap or dgram where connections are to survive",
         );
     }
@@ -170,6 +180,24 @@ mod tests {
             "[[network]]\nnetdev = 'tap,ifname=user'",
         ] {
             assert!(names(more).is_empty(), "{more}");
+        }
+    }
+
+    #[test]
+    fn what_is_advised_is_what_the_hypervisor_can() {
+        let hints = |hypervisor: &str, cache: &str| {
+            let text = format!(
+                "name = 'a'\nmemory = '64MiB'\nnvram = 'nv0'\nhypervisor = '{hypervisor}'\n[[disk]]\npath = '/d'\ncache = '{cache}'\n"
+            );
+            lint(&Definition::parse(&text).unwrap())
+                .into_iter()
+                .map(|finding| finding.hint)
+                .collect::<String>()
+        };
+        for cache in ["none", "writeback"] {
+            assert!(hints("qemu", cache).contains("directsync"));
+            let hint = hints("cloud-hypervisor", cache);
+            assert!(hint.contains("vSSD") && !hint.contains("directsync"), "{hint}");
         }
     }
 

@@ -124,6 +124,14 @@ impl Life {
             Self::Live { incarnation, .. } | Self::SwappedOut { incarnation, .. } => Some(*incarnation),
         }
     }
+
+    /// What its guest's machine is made from.
+    pub fn launch(&self) -> Option<&Launch> {
+        match self {
+            Self::Stopped => None,
+            Self::Live { launch, .. } | Self::SwappedOut { launch, .. } => Some(launch),
+        }
+    }
 }
 
 /// All that is durable about a VM beside its memory and its saved state.
@@ -230,6 +238,7 @@ fn io_error(doing: &'static str, path: &Path, source: io::Error) -> RecordError 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::definition::Hypervisor;
 
     fn record(name: &str) -> Record {
         Record::new(Definition::parse(&format!("name = '{name}'\nmemory = '64MiB'")).unwrap())
@@ -239,8 +248,10 @@ mod tests {
         Life::Live {
             incarnation: Incarnation::random().unwrap(),
             launch: Launch {
+                hypervisor: Hypervisor::Qemu,
                 program: "/q".into(),
                 args: vec!["-S".to_owned()],
+                config: None,
                 machine: "pc-q35-7.2".to_owned(),
                 version: "7.2.22".to_owned(),
             },

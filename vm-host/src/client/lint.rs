@@ -6,17 +6,18 @@ use std::path::Path;
 
 use control_client::{Error, Result, Session, word};
 use serde_json::json;
-use vm_host::definition::Definition;
 use vm_host::fault::Fault;
 use vm_host::lint::{Level, lint};
+use vm_host::vmm;
 use vssd_protocol::control::ErrorCode;
 
 use super::vm::read;
 
 pub(super) fn run(session: &Session, file: &Path) -> Result<()> {
-    let definition = Definition::parse(&read(file)?).map_err(|error| {
+    let definition = vmm::read_definition(&read(file)?).map_err(|error| {
         let fault = Fault::from(error);
-        Error::refused(fault.code, format!("{}: {}", file.display(), fault.message.trim_end()))
+        let hint = fault.hint.map(|hint| format!("; {hint}")).unwrap_or_default();
+        Error::refused(fault.code, format!("{}: {}{hint}", file.display(), fault.message.trim_end()))
     })?;
     let findings = lint(&definition);
     let out = &session.out;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A guest's wall clock stands still while the guest does. Its QEMU guest agent sets it afterwards; who has none asks a time server.
+//! A guest's wall clock stands still while the guest does. Its QEMU guest agent sets it afterwards; who has none asks a time server. (Of
+//! cloud-hypervisor, where a clock that is kvm-clock does not stand still and an agent has no port, its own part tells.)
 //!
 //! ```text
 //! daemon                                        agent, behind a socket of the hypervisor
@@ -18,9 +19,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde_json::{Value, json};
+
+use crate::unix::connect_within;
 
 /// Before the answer to a delimited sync; no byte of UTF-8, and so none of JSON.
 const DELIMITER: u8 = 0xff;
@@ -42,6 +43,7 @@ pub(super) enum ClockError {
 /// Tells the agent behind `socket` the time. Takes at most `limit`.
 pub(super) fn set(socket: &Path, limit: Duration) -> Result<(), ClockError> {
     let until = Instant::now() + limit;
+    // QEMU serves one connection at a time.
     let stream = connect_within(socket, limit).map_err(channel("connect to"))?;
     let mut agent = Agent { stream, received: Vec::new(), limit, until };
     agent.sync()?;
@@ -52,14 +54,6 @@ pub(super) fn set(socket: &Path, limit: Duration) -> Result<(), ClockError> {
 fn nanos() -> i64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(now.as_nanos()).unwrap_or(i64::MAX)
-}
-
-/// QEMU serves one connection at a time, and others wait in a short queue: where it is full, connecting blocks.
-fn connect_within(socket: &Path, limit: Duration) -> io::Result<UnixStream> {
-    let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    set_socket_timeout(&fd, Timeout::Send, Some(limit))?;
-    connect(&fd, &SocketAddrUnix::new(socket)?)?;
-    Ok(UnixStream::from(fd))
 }
 
 fn channel(doing: &'static str) -> impl Fn(io::Error) -> ClockError {
@@ -169,6 +163,8 @@ impl Agent {
 
 #[cfg(test)]
 mod tests {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+
     use super::*;
     use std::io::{BufRead, BufReader};
     use std::os::unix::net::UnixListener;

@@ -23,6 +23,7 @@ pub(super) struct Console {
     path: PathBuf,
     file: File,
     length: u64,
+    has_spoken: bool,
 }
 
 impl Console {
@@ -32,12 +33,17 @@ impl Console {
         stream.set_nonblocking(true)?;
         let file = File::options().create(true).append(true).open(log)?;
         let length = file.metadata()?.len();
-        Ok(Self { stream, path: log.to_owned(), file, length })
+        Ok(Self { stream, path: log.to_owned(), file, length, has_spoken: false })
     }
 
     /// Readable when the guest has said something.
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+
+    /// Whether anything was said since it was opened.
+    pub(super) fn has_spoken(&self) -> bool {
+        self.has_spoken
     }
 
     /// Writes down what has been said; never waits. False once there is nothing more to come.
@@ -51,6 +57,7 @@ impl Console {
             }
             Err(error) => return Err(error),
         };
+        self.has_spoken = true;
         if self.length >= FILE {
             fs::rename(&self.path, self.path.with_extension("console.old"))?;
             self.file = File::options().create(true).append(true).open(&self.path)?;

@@ -33,7 +33,7 @@ use crate::definition::Definition;
 use crate::fault::Fault;
 use crate::nvram::{Nvram, SavedState};
 use crate::record::{Incarnation, Life, Record, Wanted};
-use crate::vmm::{Begin, Launch, Machine, Memory, Places, RunState, VmmError};
+use crate::vmm::{self, Begin, Launch, Machine, Memory, Places, RunState, Vmm, VmmError};
 
 /// How often those who watch long work see it.
 const SHOWN_EVERY: Duration = Duration::from_millis(100);
@@ -147,7 +147,7 @@ impl Keeper {
             None => None,
             Some(nvram) => Some(self.make_regions(&nvram)?),
         };
-        let launch = self.shared.vmm.plan(&self.record.definition, &self.places)?;
+        let launch = self.vmm().plan(&self.record.definition, &self.places)?;
         self.launch(&launch, Begin::Boot)?;
         if let Err(fault) = self.go(launch, "started") {
             self.end_machine();
@@ -324,7 +324,7 @@ impl Keeper {
         let (launch, process) = match self.record.life.clone() {
             Life::Live { launch, process, .. } => (launch, process),
             life => {
-                self.shared.vmm.end_orphan(&self.places)?;
+                self.vmm().end_orphan(&self.places)?;
                 if let (Life::SwappedOut { .. }, Some(nvram)) = (&life, &medium) {
                     // It was swapped out whole before this began to be freed, or swapped in only in part.
                     Kept::free(nvram, &name)?;
@@ -338,7 +338,7 @@ impl Keeper {
             self.kept = Kept::find(nvram, &name)?;
         }
         self.machine = match process {
-            Some(process) => self.shared.vmm.adopt(&process, &self.places)?,
+            Some(process) => self.vmm().adopt(&process, &self.places)?,
             None => None,
         };
         if self.machine.is_some() {
@@ -362,7 +362,7 @@ impl Keeper {
             Some(RunState::Stopped) => self.recover_saved(&launch),
             Some(RunState::AwaitsState) | None => {
                 self.end_machine();
-                self.shared.vmm.end_orphan(&self.places)?;
+                self.vmm().end_orphan(&self.places)?;
                 self.recover_saved(&launch)
             }
         }
@@ -459,7 +459,7 @@ impl Keeper {
             ],
         )?;
         self.end_machine();
-        self.shared.vmm.end_orphan(&self.places)?;
+        self.vmm().end_orphan(&self.places)?;
         let life = self.record.life.clone();
         self.settle(Life::Stopped, Wanted::Stopped)?;
         if let Life::SwappedOut { image, .. } = life {
@@ -495,13 +495,13 @@ impl Keeper {
         fs::create_dir_all(&dir).map_err(|error| {
             Fault::new(ErrorCode::Media, format!("cannot make {}: {error}", dir.display()))
         })?;
-        self.shared.vmm.end_orphan(&self.places)?;
+        let vmm = vmm::of(launch.hypervisor);
+        vmm.end_orphan(&self.places)?;
         let memory = match &self.kept {
             Some(kept) => kept.memory(),
             None => Memory::Ordinary { bytes: self.record.definition.memory.0 },
         };
-        self.machine = Some(self.shared.vmm.launch(launch, &memory, begin, &self.places)?);
-        self.open_console();
+        self.machine = Some(vmm.launch(launch, &memory, begin, &self.places)?);
         Ok(())
     }
 
@@ -514,6 +514,9 @@ impl Keeper {
         let incarnation = Incarnation::random()
             .map_err(|error| Fault::new(ErrorCode::Internal, format!("no random numbers: {error}")))?;
         self.settle(Life::Live { incarnation, launch, process }, Wanted::Running)?;
+        if self.console.is_none() {
+            self.open_console();
+        }
         let machine = self.machine.as_deref_mut().ok_or_else(|| gone(&name))?;
         if let Err(error) = machine.resume() {
             // No saved state counts any more: the machine is all there is of the guest.
@@ -545,11 +548,26 @@ impl Keeper {
         let Some(console) = &mut self.console else { return };
         match console.write_down() {
             Ok(true) => {}
-            Ok(false) => self.console = None,
+            Ok(false) => {
+                // One that only ever ends would keep this thread busy.
+                let has_spoken = console.has_spoken();
+                self.console = None;
+                if has_spoken {
+                    self.find_console_again();
+                }
+            }
             Err(error) => {
                 warn!(vm = self.name(), %error, "what the guest says on its console is kept no longer");
                 self.console = None;
             }
+        }
+    }
+
+    /// A hypervisor may make the serial port anew when its guest restarts.
+    fn find_console_again(&mut self) {
+        if self.console.is_none() && self.machine.is_some() && self.state() == VmState::Running {
+            // None yet, or none any more: what happens next tells.
+            self.console = Console::open(&self.places.console, &self.shared.console_log(self.name())).ok();
         }
     }
 
@@ -587,6 +605,9 @@ impl Keeper {
         let happened = !news.is_empty();
         for one in news {
             self.shared.teller.tell(self.record.definition.name.as_str(), VmNews::Guest(one));
+        }
+        if happened {
+            self.find_console_again();
         }
         if happened && self.state() == VmState::Running {
             self.look_at_guest();
@@ -654,6 +675,12 @@ impl Keeper {
     }
 
     // ---- what is known ----
+
+    /// The hypervisor of the guest that there is, or of the next one.
+    fn vmm(&self) -> &'static dyn Vmm {
+        let launch = self.record.life.launch();
+        vmm::of(launch.map_or(self.record.definition.hypervisor, |launch| launch.hypervisor))
+    }
 
     fn name(&self) -> &str {
         &self.record.definition.name

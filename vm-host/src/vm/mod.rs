@@ -38,7 +38,7 @@ use crate::definition::Definition;
 use crate::fault::Fault;
 use crate::nvram::Nvram;
 use crate::record::{Record, Records};
-use crate::vmm::{News, Places, Vmm};
+use crate::vmm::{News, Places};
 use keeper::Keeper;
 pub use status::{LastSave, Status, VmState, Work};
 
@@ -47,7 +47,6 @@ pub use status::{LastSave, Status, VmState, Work};
 pub struct Shared {
     pub records: Records,
     pub media: BTreeMap<String, Arc<Nvram>>,
-    pub vmm: Arc<dyn Vmm>,
     /// Sockets and logs, a folder for each VM.
     pub runtime_dir: PathBuf,
     pub log_dir: PathBuf,
@@ -78,7 +77,8 @@ impl Shared {
     fn places(&self, name: &str) -> Places {
         let dir = self.runtime_dir.join(name);
         Places {
-            control: dir.join("qmp.sock"),
+            control: dir.join("control.sock"),
+            work: dir.join("work"),
             guest_agent: dir.join("agent.sock"),
             log: self.log_dir.join(format!("{name}.log")),
             console: dir.join("console.sock"),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
 //! What the host asks of a hypervisor, whichever it is: a machine that starts stopped, can be stopped and continued, and whose
-//! state without its memory can be taken out and put in.
+//! state without its memory can be taken out and put in. [`of`] is the one place that knows which hypervisors there are.
 //!
 //! Knows neither NV-RAM nor power, and does not decide when a guest may run.
 //!
@@ -13,7 +13,9 @@
 //!              launch(Restore) ─┘  kill                 stopped
 //! ```
 
+pub mod cloud_hypervisor;
 pub mod process;
+mod program;
 pub mod qemu;
 
 use std::fmt::Debug;
@@ -23,16 +25,39 @@ use std::time::Duration;
 
 use rustix::fd::BorrowedFd;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::definition::Definition;
+use crate::definition::{Definition, DefinitionError, Hypervisor};
+use cloud_hypervisor::CloudHypervisor;
 use process::{Process, ProcessId};
+use qemu::Qemu;
+
+/// How to use a hypervisor.
+pub fn of(hypervisor: Hypervisor) -> &'static dyn Vmm {
+    match hypervisor {
+        Hypervisor::Qemu => &Qemu,
+        Hypervisor::CloudHypervisor => &CloudHypervisor,
+    }
+}
+
+/// Reads a definition, and looks whether its hypervisor can make it.
+pub fn read_definition(text: &str) -> Result<Definition, DefinitionError> {
+    let definition = Definition::parse(text)?;
+    of(definition.hypervisor).check(&definition)?;
+    Ok(definition)
+}
 
 /// What a machine is made from, once and for all: a restored machine has the same, byte for byte, for its state fits no other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Launch {
+    #[serde(default)]
+    pub hypervisor: Hypervisor,
     pub program: PathBuf,
     /// Without what connects it to this daemon, and without its memory, which may lie elsewhere the next time.
     pub args: Vec<String>,
+    /// What it is told when it runs, where that is how it learns what to make; without its memory, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<Value>,
     /// What the hypervisor calls the kind of machine, with its version: `pc-q35-7.2`.
     pub machine: String,
     /// The hypervisor's own version, for people: a state is only read by the same or a newer one.
@@ -61,6 +86,8 @@ pub enum Memory {
 pub struct Places {
     /// The socket over which it is controlled.
     pub control: PathBuf,
+    /// A folder for what else connects it to the daemon, and for what passes between them. In memory.
+    pub work: PathBuf,
     /// What it says on its standard output and error.
     pub log: PathBuf,
     /// The socket of the guest's serial port.
@@ -131,6 +158,12 @@ pub enum VmmError {
 
 /// A kind of hypervisor.
 pub trait Vmm: Debug + Send + Sync {
+    /// What of a definition it cannot make is an error, with what to do about it.
+    fn check(&self, definition: &Definition) -> Result<(), DefinitionError>;
+
+    /// Whether it can use memory that begins inside a file or device.
+    fn can_use_part_of_file(&self) -> bool;
+
     /// What a definition becomes. Nothing is started.
     fn plan(&self, definition: &Definition, places: &Places) -> Result<Launch, VmmError>;
 

@@ -6,11 +6,13 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use vssd_protocol::units::ByteCount;
 
-use crate::definition::{Accel, Definition, DiskCache, DiskDefinition, NetworkDefinition, VssdDefinition};
+use crate::definition::{
+    Accel, Definition, DiskCache, DiskDefinition, Hypervisor, NetworkDefinition, VssdDefinition,
+};
+use crate::vmm::program::run;
 use crate::vmm::{Launch, Memory, Places, VmmError};
 
 /// An option was renamed; each version refuses the other's.
@@ -82,7 +84,14 @@ impl Emulator {
             args.pair("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0");
         }
         args.many(&definition.extra);
-        Launch { program: self.program.clone(), args: args.0, machine, version: self.version.clone() }
+        Launch {
+            hypervisor: Hypervisor::Qemu,
+            program: self.program.clone(),
+            args: args.0,
+            config: None,
+            machine,
+            version: self.version.clone(),
+        }
     }
 
     fn boot(&self, definition: &Definition, args: &mut Args) {
@@ -177,21 +186,16 @@ fn add_disk(args: &mut Args, at: usize, disk: &DiskDefinition) {
 }
 
 fn add_network(args: &mut Args, at: usize, network: &NetworkDefinition, vm: &str) {
-    let mac = network.mac.clone().unwrap_or_else(|| mac_of(vm, at));
-    args.pair("-netdev", format!("{},id=net{at}", network.netdev));
+    let mac = network.mac_in(vm, at);
+    let backend = match (&network.netdev, &network.tap) {
+        (Some(netdev), _) => netdev.clone(),
+        (None, tap) => {
+            format!("tap,ifname={},script=no,downscript=no", tap.as_deref().unwrap_or_default())
+        }
+    };
+    args.pair("-netdev", format!("{backend},id=net{at}"));
     // Without a boot ROM there is no file to be the same at the next start.
     args.pair("-device", format!("virtio-net-pci,netdev=net{at},mac={mac},romfile="));
-}
-
-/// A locally administered address; the same for the same card of the same VM.
-fn mac_of(vm: &str, at: usize) -> String {
-    // FNV-1a: any hash that stays the same from one version of this program to the next.
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in vm.bytes().chain([0]).chain(at.to_le_bytes()) {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    }
-    let [a, b, c, ..] = hash.to_be_bytes();
-    format!("52:54:00:{a:02x}:{b:02x}:{c:02x}")
 }
 
 fn on(on: bool) -> &'static str {
@@ -225,15 +229,20 @@ fn newest_q35(machines: &str) -> Option<String> {
     Some(line.rsplit_once("alias of ")?.1.split(')').next()?.trim().to_owned())
 }
 
-fn run(program: &Path, args: &[&str]) -> Result<String, VmmError> {
-    let output = Command::new(program)
-        .args(args)
-        .output()
-        .map_err(|source| VmmError::Start { program: program.to_owned(), source })?;
-    if output.status.success() {
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    } else {
-        let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        Err(VmmError::Ended { said: format!("{} {}: {said}", output.status, args.join(" ")) })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tap_is_one_that_is_there_and_stays() {
+        let text = "name = 'a'\nmemory = '64MiB'\n[[network]]\ntap = 't0'\n[[network]]\nnetdev = 'user'\n";
+        let definition = Definition::parse(text).unwrap();
+        let mut args = Args::default();
+        for (at, network) in definition.network.iter().enumerate() {
+            add_network(&mut args, at, network, &definition.name);
+        }
+        let netdevs: Vec<&str> =
+            args.0.chunks(2).filter(|pair| pair[0] == "-netdev").map(|pair| pair[1].as_str()).collect();
+        assert_eq!(netdevs, ["tap,ifname=t0,script=no,downscript=no,id=net0", "user,id=net1"]);
     }
 }

@@ -13,9 +13,8 @@ pub mod qmp;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -23,10 +22,11 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use serde_json::{Value, json};
 
 use super::process::{Process, ProcessId};
+use super::program::{self, connection, last_words, listen, tail};
 use super::{Begin, Launch, Machine, Memory, News, Places, RunState, Vmm, VmmError};
-use crate::definition::Definition;
+use crate::definition::{Definition, DefinitionError};
 use argv::Emulator;
-use qmp::{Qmp, connection};
+use qmp::Qmp;
 
 /// A QEMU that hangs must be noticed before the energy is gone; one on a busy machine must not be taken for one.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -37,16 +37,24 @@ const END: Duration = Duration::from_secs(10);
 const LARGEST_STATE: u64 = 256 << 20;
 /// The name under which QEMU keeps the socket for a state.
 const STATE_FD: &str = "state";
-/// So much of what it said last goes into an error.
-const LAST_WORDS: usize = 400;
 
 /// QEMU as a kind of hypervisor.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Qemu;
 
 impl Vmm for Qemu {
+    fn check(&self, _: &Definition) -> Result<(), DefinitionError> {
+        // Its options are many and its own to check.
+        Ok(())
+    }
+
+    fn can_use_part_of_file(&self) -> bool {
+        // From 8.1 on; an older one says so when it starts.
+        true
+    }
+
     fn plan(&self, definition: &Definition, places: &Places) -> Result<Launch, VmmError> {
-        Ok(Emulator::probe(&definition.emulator)?.plan(definition, places))
+        Ok(Emulator::probe(definition.emulator())?.plan(definition, places))
     }
 
     fn launch(
@@ -262,15 +270,9 @@ impl Machine for QemuMachine {
     }
 
     fn kill(&mut self) -> Result<(), VmmError> {
-        let killed = self.process.kill(END);
-        match killed {
-            Ok(true) => {
-                let _ = fs::remove_file(&self.places.control);
-                Ok(())
-            }
-            Ok(false) => Err(VmmError::Silent { command: "SIGKILL", limit: END }),
-            Err(source) => Err(connection("kill", source)),
-        }
+        program::kill(&self.process, END)?;
+        let _ = fs::remove_file(&self.places.control);
+        Ok(())
     }
 }
 
@@ -280,14 +282,6 @@ fn control(process: &Process, places: &Places, limit: Duration) -> Result<Qmp, V
         .map_err(|source| connection("connect to its control socket", source))
         .and_then(|stream| Qmp::new(stream, limit))
         .map_err(|error| last_words(process, &places.log, error))
-}
-
-fn listen(path: &Path) -> io::Result<UnixListener> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    UnixListener::bind(path)
 }
 
 /// The words for these are QEMU's, qapi/run-state.json.
@@ -330,21 +324,4 @@ fn write_state(mut to: UnixStream, state: &[u8]) -> io::Result<()> {
     to.set_write_timeout(Some(LIMIT))?;
     to.write_all(state)
     // Closed by the drop: QEMU reads to the end of the state itself.
-}
-
-/// If the hypervisor has ended, that is the reason; it closes its connection a moment before it can be waited for.
-fn last_words(process: &Process, log: &Path, error: VmmError) -> VmmError {
-    let grace = match error {
-        VmmError::Connection { .. } => Duration::from_secs(1),
-        _ => Duration::ZERO,
-    };
-    if process.wait(grace) { VmmError::Ended { said: tail(log) } } else { error }
-}
-
-/// What a log ends with.
-fn tail(log: &Path) -> String {
-    let said = fs::read(log).unwrap_or_default();
-    let from = said.len().saturating_sub(LAST_WORDS);
-    let text = String::from_utf8_lossy(&said[from..]).trim().replace('\n', "; ");
-    if text.is_empty() { "without a word".to_owned() } else { text }
 }

@@ -17,6 +17,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use serde_json::{Value, json};
 
 use crate::vmm::VmmError;
+use crate::vmm::program::connection;
 
 /// No answer that is of use here comes near.
 const LONGEST_LINE: usize = 4 << 20;
@@ -235,10 +236,6 @@ impl Qmp {
         self.searched = 0;
         message.map(Some)
     }
-}
-
-pub(super) fn connection(doing: &'static str, source: io::Error) -> VmmError {
-    VmmError::Connection { doing, source }
 }
 
 /// So much of a message as an error should carry.
