@@ -28,21 +28,13 @@ use crate::lint::{self, Finding, Level};
 use crate::nvram::{self, MediumConfig, MediumKind, Nvram, Verdict};
 use crate::power::budget::{self, Budget, Plan, Steps};
 use crate::record::{Record, Records, Wanted};
-use crate::vm::{Order, Shared, Status, Tell, Vm, VmState};
+use crate::vm::{Medium, Order, Shared, Status, Tell, Vm, VmState};
 use crate::vmm;
 
 /// What each step of a save is taken to need before it was ever measured, in microseconds.
 const ASSUMED: Steps = Steps { stop_us: 5_000, save_us: 20_000, commit_us: 5_000, flush_us: 20_000 };
 /// Between a critical event and the first order to stop.
 const REACTION_US: u64 = 2_000;
-
-/// A medium that the configuration names.
-#[derive(Debug)]
-pub struct Medium {
-    pub config: MediumConfig,
-    /// Open, or why it is not.
-    pub nvram: Result<Arc<Nvram>, Fault>,
-}
 
 /// What saving or resuming all came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,7 +48,6 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Host {
     shared: Arc<Shared>,
-    media: Vec<Medium>,
     vms: RwLock<BTreeMap<String, Arc<Vm>>>,
     /// VMs whose records cannot be read.
     unreadable: BTreeMap<String, Fault>,
@@ -68,13 +59,9 @@ pub struct Host {
 impl Host {
     /// Opens the media and reads the records. No machine is looked at before [`Host::recover`].
     pub fn open(config: &Config, teller: Arc<dyn Tell>) -> Result<Self, Fault> {
-        let media: Vec<Medium> = config.nvram.iter().map(open_medium).collect();
-        let open = media
-            .iter()
-            .filter_map(|medium| Some((medium.config.name.clone(), Arc::clone(medium.nvram.as_ref().ok()?))));
         let shared = Arc::new(Shared {
             records: Records::open(&config.state_dir.join("vms"))?,
-            media: open.collect(),
+            media: config.nvram.iter().map(open_medium).collect(),
             runtime_dir: config.runtime_dir.join("vms"),
             log_dir: config.log_dir.clone(),
             vssd_dir: config.vssd.runtime_dir.join("dev"),
@@ -96,7 +83,7 @@ impl Host {
         }
         let lanes = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let budget = config.power.budget(REACTION_US, lanes, ASSUMED);
-        Ok(Self { shared, media, vms: RwLock::new(vms), unreadable, budget, admission: Mutex::new(()) })
+        Ok(Self { shared, vms: RwLock::new(vms), unreadable, budget, admission: Mutex::new(()) })
     }
 
     /// Adopts what runs, resumes what was saved and is wanted, starts what is to start with the daemon.
@@ -179,7 +166,7 @@ impl Host {
     }
 
     pub fn media(&self) -> &[Medium] {
-        &self.media
+        &self.shared.media
     }
 
     pub fn unreadable(&self) -> &BTreeMap<String, Fault> {
@@ -213,7 +200,7 @@ impl Host {
 
     /// Makes what guests have written so far durable, so that little is left to do when they are saved.
     pub fn flush_all(&self) {
-        for nvram in self.shared.media.values() {
+        for nvram in self.shared.media.iter().filter_map(|medium| medium.nvram.as_ref().ok()) {
             for region in nvram.list() {
                 if let Err(error) = nvram.flush(region.id) {
                     warn!(medium = nvram.name(), %error, "cannot flush ahead of a save");
@@ -296,7 +283,8 @@ impl Host {
 
     /// Whether the hypervisor can use memory as it lies on the medium. One that cannot be looked at is not judged.
     fn check_place(&self, definition: &Definition) -> Result<(), Fault> {
-        let named = self.media.iter().find(|medium| Some(&medium.config.name) == definition.nvram.as_ref());
+        let named =
+            self.shared.media.iter().find(|medium| Some(&medium.config.name) == definition.nvram.as_ref());
         let Some(Ok(nvram)) = named.map(|medium| &medium.nvram) else { return Ok(()) };
         let whole = nvram.capabilities().kind == MediumKind::Directory;
         if whole || vmm::of(definition.hypervisor).can_use_part_of_file() {
@@ -313,11 +301,7 @@ impl Host {
     }
 
     fn check_medium(&self, name: &str) -> Result<(), Fault> {
-        let Some(medium) = self.media.iter().find(|medium| medium.config.name == name) else {
-            return Err(Fault::new(ErrorCode::NotFound, format!("there is no NV-RAM {name:?}"))
-                .hint("`vm-host nvram list` shows those that there are"));
-        };
-        match medium.nvram.as_ref().map_err(Clone::clone)?.capabilities().verdict() {
+        match self.shared.medium(name)?.capabilities().verdict() {
             Verdict::Keeps { .. } => Ok(()),
             Verdict::Loses { why, advice } => Err(loses(name, &why, advice)),
         }

@@ -151,6 +151,24 @@ impl Record {
     pub fn new(definition: Definition) -> Self {
         Self { version: VERSION, definition, wanted: Wanted::Stopped, life: Life::Stopped, worst: None }
     }
+
+    /// What a file of that path holds.
+    pub fn decode(bytes: &[u8], path: &Path) -> Result<Self, RecordError> {
+        #[derive(Deserialize)]
+        struct Head {
+            version: u32,
+        }
+        let damaged = |source| RecordError::Damaged { path: path.to_owned(), source };
+        let head: Head = serde_json::from_slice(bytes).map_err(damaged)?;
+        if head.version > VERSION {
+            return Err(RecordError::NewerVersion { path: path.to_owned(), found: head.version });
+        }
+        let record: Self = serde_json::from_slice(bytes).map_err(damaged)?;
+        if path.file_stem().is_none_or(|name| *name != *record.definition.name) {
+            return Err(RecordError::Stranger { path: path.to_owned(), found: record.definition.name });
+        }
+        Ok(record)
+    }
 }
 
 /// A VM's name, and its record or why it cannot be read.
@@ -178,7 +196,7 @@ impl Records {
             if path.extension().is_some_and(|extension| extension == EXTENSION)
                 && let Some(name) = path.file_stem().and_then(|name| name.to_str())
             {
-                found.push((name.to_owned(), read(&path, name)));
+                found.push((name.to_owned(), read(&path)));
             }
         }
         found.sort_by(|a, b| a.0.cmp(&b.0));
@@ -213,22 +231,8 @@ impl Records {
     }
 }
 
-fn read(path: &Path, name: &str) -> Result<Record, RecordError> {
-    #[derive(Deserialize)]
-    struct Head {
-        version: u32,
-    }
-    let bytes = fs::read(path).map_err(|source| io_error("read", path, source))?;
-    let damaged = |source| RecordError::Damaged { path: path.to_owned(), source };
-    let head: Head = serde_json::from_slice(&bytes).map_err(damaged)?;
-    if head.version > VERSION {
-        return Err(RecordError::NewerVersion { path: path.to_owned(), found: head.version });
-    }
-    let record: Record = serde_json::from_slice(&bytes).map_err(damaged)?;
-    if record.definition.name != name {
-        return Err(RecordError::Stranger { path: path.to_owned(), found: record.definition.name });
-    }
-    Ok(record)
+fn read(path: &Path) -> Result<Record, RecordError> {
+    Record::decode(&fs::read(path).map_err(|source| io_error("read", path, source))?, path)
 }
 
 fn io_error(doing: &'static str, path: &Path, source: io::Error) -> RecordError {

@@ -17,11 +17,11 @@ use vssd_protocol::control::ErrorCode;
 pub use vssd_protocol::control::{HelloParams, NameParams, SubscribeParams, Subscribed};
 
 use crate::guard::PowerStatus;
-use crate::host::{Host, Medium};
+use crate::host::Host;
 use crate::lint::Finding;
 use crate::nvram::{Capabilities, Purpose, Usage, Verdict};
 use crate::power::{Plan, Pretended};
-use crate::vm::Status;
+use crate::vm::{Medium, Status};
 
 /// Name and version of this set of messages.
 pub const SCHEMA: &str = "vm-host.v1";
@@ -75,7 +75,8 @@ pub struct ServerInfo {
     /// `control` or `monitor`: which of the two sockets this is.
     pub socket: String,
     pub max_line_bytes: u64,
-    /// Where `NAME.log` has what a VM's hypervisor says, and `NAME.console` what its guest says.
+    /// Where `NAME.log` has what a VM's hypervisor says, and `NAME.console` what its guest says. Both are bounded: what was said before
+    /// the last MiB or so is in `….old`, or gone.
     pub log_dir: PathBuf,
 }
 

@@ -98,13 +98,12 @@ fn regions_are_found_again_with_their_content() {
         let state = nvram.allocate("web1", Purpose::State, MIB, no_progress).unwrap();
         assert_eq!((memory.bytes, state.bytes), (6 * MIB, 2 * MIB), "rounded up to 2 MiB: {config:?}");
         assert!(told.is_sorted() && told.last() == Some(&(6 * MIB, 6 * MIB)), "{told:?}");
-        nvram.stamp(memory.id, 17).unwrap();
         nvram.slot(state.id).unwrap().commit(&header(4), b"registers").unwrap();
         drop(nvram);
 
         let nvram = Nvram::open(config).unwrap();
         let found = nvram.find("web1", Purpose::Memory).unwrap();
-        assert_eq!((found.id, found.generation), (memory.id, 17));
+        assert_eq!(found, memory);
         assert_eq!(nvram.list().len(), 2);
         assert_eq!(nvram.fault(found.id).unwrap(), None);
         let backing = found.backing();
@@ -185,16 +184,16 @@ fn medium_has_one_owner_at_a_time() {
 fn only_a_blank_medium_is_formatted() {
     for medium in all() {
         assert!(matches!(Nvram::open(&medium.config), Err(Error::Unformatted { .. })));
-        drop(Nvram::open_or_create(&medium.config).unwrap());
+        drop(Nvram::create(&medium.config).unwrap());
         assert!(matches!(Nvram::create(&medium.config), Err(Error::Medium { .. })));
-        drop(Nvram::open_or_create(&medium.config).unwrap());
+        drop(Nvram::open(&medium.config).unwrap());
     }
     let foreign = file(64 * MIB);
     // Where ext4 keeps its superblock.
     let device = File::options().write(true).open(&foreign.config.path).unwrap();
     device.write_all_at(&[0x53, 0xef], 1080).unwrap();
     let before = fs::read(&foreign.config.path).unwrap();
-    assert!(matches!(Nvram::open_or_create(&foreign.config), Err(Error::Damaged { .. })));
+    assert!(matches!(Nvram::open(&foreign.config), Err(Error::Damaged { .. })));
     assert!(matches!(Nvram::create(&foreign.config), Err(Error::Medium { .. })));
     assert!(fs::read(&foreign.config.path).unwrap() == before);
 }
@@ -229,7 +228,7 @@ fn directory_that_lost_its_registry_is_not_formatted_again() {
     let region = nvram.allocate("a", Purpose::Memory, MIB, no_progress).unwrap();
     drop(nvram);
     fs::remove_file(medium.config.path.join("vm-nvram.registry")).unwrap();
-    assert!(matches!(Nvram::open_or_create(&medium.config), Err(Error::Damaged { .. })));
+    assert!(matches!(Nvram::open(&medium.config), Err(Error::Damaged { .. })));
     assert!(matches!(Nvram::create(&medium.config), Err(Error::Damaged { .. })));
     assert!(region.path.exists());
 }
@@ -308,8 +307,7 @@ fn regions_are_allocated_by_many_threads_at_once() {
                     let owner = format!("vm{owner}");
                     let first = nvram.allocate(&owner, Purpose::Memory, 2 * MIB, no_progress).unwrap();
                     nvram.free(first.id).unwrap();
-                    let region = nvram.allocate(&owner, Purpose::Memory, 4 * MIB, no_progress).unwrap();
-                    nvram.stamp(region.id, 3).unwrap();
+                    nvram.allocate(&owner, Purpose::Memory, 4 * MIB, no_progress).unwrap();
                 });
             }
         });
@@ -322,17 +320,6 @@ fn regions_are_allocated_by_many_threads_at_once() {
         // Opening refuses a registry with overlaps.
         assert_eq!(Nvram::open(&medium.config).unwrap().list(), before);
     }
-}
-
-#[test]
-fn generations_never_decrease() {
-    let medium = tmpfs();
-    let nvram = Nvram::create(&medium.config).unwrap();
-    let region = nvram.allocate("a", Purpose::Memory, MIB, no_progress).unwrap();
-    nvram.stamp(region.id, 5).unwrap();
-    nvram.stamp(region.id, 5).unwrap();
-    assert!(matches!(nvram.stamp(region.id, 4), Err(Error::Invalid { .. })));
-    assert_eq!(nvram.get(region.id).unwrap().generation, 5);
 }
 
 #[test]

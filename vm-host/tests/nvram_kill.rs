@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
 
-//! A process that allocates, stamps and frees regions is killed at any moment, many times: the next one finds all
+//! A process that allocates and frees regions is killed at any moment, many times: the next one finds all
 //! that was answered, and of what was going on all or nothing.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -20,11 +20,11 @@ const PATH: &str = "NVRAM_TEST_MEDIUM";
 const SEED: &str = "NVRAM_TEST_SEED";
 const MIB: u64 = 1 << 20;
 
-/// Generations by owner and purpose: all that the child can change.
-type Model = BTreeMap<(String, String), u64>;
+/// Owners and purposes: all that the child can change.
+type Model = BTreeSet<(String, String)>;
 
 fn model_of(nvram: &Nvram) -> Model {
-    nvram.list().into_iter().map(|r| ((r.owner, r.purpose.to_string()), r.generation)).collect()
+    nvram.list().into_iter().map(|region| (region.owner, region.purpose.to_string())).collect()
 }
 
 /// Says on standard output what it begins and what is done, until it is killed.
@@ -35,21 +35,15 @@ fn child() {
     let mut lot = StdRng::seed_from_u64(seed.parse().unwrap());
     let nvram = Nvram::open(&MediumConfig::new("kill", path)).unwrap();
     let mut out = std::io::stdout();
-    for generation in 1.. {
+    loop {
         let owner = format!("vm{}", lot.random_range(0..4));
         let purpose = Purpose::ALL[lot.random_range(0..2)];
         let found = nvram.find(&owner, purpose);
-        let verb = match found {
-            None => "allocate",
-            Some(_) if lot.random() => "stamp",
-            Some(_) => "free",
-        };
-        let generation = found.as_ref().map_or(0, |region| region.generation) + generation;
-        writeln!(out, "\nbegin {verb} {owner} {purpose} {generation}").unwrap();
-        match (verb, found) {
-            ("stamp", Some(region)) => nvram.stamp(region.id, generation).unwrap(),
-            (_, Some(region)) => nvram.free(region.id).unwrap(),
-            (_, None) => drop(nvram.allocate(&owner, purpose, MIB, |_, _| Ok(())).unwrap()),
+        let verb = if found.is_some() { "free" } else { "allocate" };
+        writeln!(out, "\nbegin {verb} {owner} {purpose}").unwrap();
+        match found {
+            Some(region) => nvram.free(region.id).unwrap(),
+            None => drop(nvram.allocate(&owner, purpose, MIB, |_, _| Ok(())).unwrap()),
         }
         writeln!(out, "\ndone").unwrap();
     }
@@ -57,10 +51,10 @@ fn child() {
 
 fn apply(model: &mut Model, words: &[String]) {
     let key = (words[2].clone(), words[3].clone());
-    match words[1].as_str() {
-        "allocate" => drop(model.insert(key, 0)),
-        "stamp" => drop(model.insert(key, words[4].parse().unwrap())),
-        _ => drop(model.remove(&key)),
+    if words[1] == "allocate" {
+        model.insert(key);
+    } else {
+        model.remove(&key);
     }
 }
 
@@ -83,7 +77,7 @@ fn run_and_kill(path: &Path, seed: u64, before: &Model, life: Duration) -> (Mode
             for line in lines.map_while(Result::ok) {
                 let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
                 match words[0].as_str() {
-                    "begin" if words.len() == 5 => *begun = Some(words),
+                    "begin" if words.len() == 4 => *begun = Some(words),
                     "done" => apply(done, &begun.take().unwrap()),
                     _ => continue,
                 }

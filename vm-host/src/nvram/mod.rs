@@ -25,6 +25,8 @@
 
 mod cache;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod place;
 mod probe;
 mod regions;
@@ -58,6 +60,7 @@ pub use registry::MAX_NAME;
 use registry::{Identity, REGISTRY_BYTES};
 pub use slot::{MAX_METADATA, SLOT_HEADER_BYTES, SavedHeader, SavedState, Slot, SlotContent};
 pub use store::Flush;
+pub(crate) use store::is_zero;
 use store::{FileStore, MappedStore, Mapping, Store};
 use table::{Entry, Limits, Span};
 pub use table::{MAX_OWNER, MAX_REGIONS, Purpose, RegionId};
@@ -157,8 +160,6 @@ pub struct Region {
     pub path: PathBuf,
     /// The region's first byte in that.
     pub offset_bytes: u64,
-    /// The caller's, as last given to [`Nvram::stamp`]; 0 at first.
-    pub generation: u64,
     is_pmem: bool,
 }
 
@@ -232,19 +233,6 @@ impl Nvram {
         Self::open_locked(config, &target, lock)
     }
 
-    /// [`open`](Self::open), and [`create`](Self::create) where it is blank: for media that are empty after a
-    /// restart. Look at the [`verdict`](Capabilities::verdict) of a [`probe()`] first: where a mount has failed, the
-    /// directory below it is blank, too.
-    ///
-    /// # Errors
-    /// Those of both.
-    pub fn open_or_create(config: &MediumConfig) -> Result<Self> {
-        match Self::open(config) {
-            Err(Error::Unformatted { .. }) => Self::create(config),
-            other => other,
-        }
-    }
-
     fn open_locked(config: &MediumConfig, target: &Target, lock: File) -> Result<Self> {
         let capabilities = target.probe(config.declared_persistent)?;
         let io_error = |source| Error::io(format!("cannot open {}", config.path.display()), source);
@@ -265,7 +253,7 @@ impl Nvram {
                 (store, Box::new(Extents { device }))
             }
         };
-        let check = |identity: &Identity| check_identity(config, target, identity);
+        let check = |identity: &Identity| check_identity(config, target.size, target.alignment(), identity);
         let regions = Regions::open(&config.path, store, place, config.limits(), check)?;
         Ok(Self { config: config.clone(), capabilities, regions, _lock: lock })
     }
@@ -308,14 +296,6 @@ impl Nvram {
     /// `NotFound`, `Io`.
     pub fn free(&self, id: RegionId) -> Result<()> {
         self.regions.free(id)
-    }
-
-    /// Sets a region's generation, durably. It never decreases.
-    ///
-    /// # Errors
-    /// `NotFound`; `Invalid` for a smaller one than it has; `Io`.
-    pub fn stamp(&self, id: RegionId, generation: u64) -> Result<()> {
-        self.regions.stamp(id, generation)
     }
 
     /// All regions, by ascending id.
@@ -405,7 +385,6 @@ impl Nvram {
             alignment_bytes: entry.alignment,
             path,
             offset_bytes: entry.offset,
-            generation: entry.generation,
             is_pmem: self.capabilities.is_dax && self.capabilities.map_sync.is_yes(),
         }
     }
@@ -498,12 +477,18 @@ fn refuse_orphans(target: &Target) -> Result<()> {
     }
 }
 
-fn check_identity(config: &MediumConfig, target: &Target, identity: &Identity) -> Result<()> {
+/// Whether it is the configuration's medium, and still what it was formatted as. Of a directory, there is no `size`.
+fn check_identity(
+    config: &MediumConfig,
+    size: Option<u64>,
+    alignment: u64,
+    identity: &Identity,
+) -> Result<()> {
     if identity.name != config.name {
         let what = format!("is named {:?}, the configuration says {:?}", identity.name, config.name);
         return Err(Error::medium(&config.path, what));
     }
-    match (identity.device, target.size) {
+    match (identity.device, size) {
         (None, None) => Ok(()),
         (Some((bytes, span)), Some(size)) => {
             if size < bytes {
@@ -512,8 +497,8 @@ fn check_identity(config: &MediumConfig, target: &Target, identity: &Identity) -
                     format!("has {size} bytes, it was formatted with {bytes}"),
                 ));
             }
-            if !span.start.is_multiple_of(target.alignment()) {
-                let what = format!("was formatted for another alignment than {}", target.alignment());
+            if !span.start.is_multiple_of(alignment) {
+                let what = format!("was formatted for another alignment than {alignment}");
                 return Err(Error::medium(&config.path, what));
             }
             Ok(())

@@ -144,10 +144,6 @@ impl Regions {
         })
     }
 
-    pub(super) fn stamp(&self, id: RegionId, generation: u64) -> Result<()> {
-        self.change(|table| table.stamp(id, generation))
-    }
-
     /// Changes the registry, durably, unless there is nothing to change.
     fn change<T>(&self, decide: impl FnOnce(&mut Table) -> Result<T>) -> Result<T> {
         let mut state = self.lock();

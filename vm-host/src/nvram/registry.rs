@@ -30,7 +30,7 @@
 //! 8    u64      bytes
 //! 16   u64      first byte on the device; 0 in a directory
 //! 24   u64      alignment
-//! 32   u64      generation (the caller's)
+//! 32   u64      0
 //! 40   u8       1 memory, 2 state
 //! 41   u8       1 making, 2 ready, 3 dropping
 //! 42   u8       bytes of owner; 48 … the owner
@@ -57,7 +57,7 @@ use std::path::Path;
 use crc_fast::{CrcAlgorithm, checksum};
 
 use super::error::{Error, Result};
-use super::store::Store;
+use super::store::{Store, is_zero};
 use super::table::{Entry, MAX_OWNER, MAX_REGIONS, Phase, Purpose, RegionId, Span, Table};
 
 /// What the registry takes of a device, and the size of its file in a directory.
@@ -65,7 +65,7 @@ pub(super) const REGISTRY_BYTES: u64 = 1 << 20;
 /// The longest name of a medium, in bytes.
 pub const MAX_NAME: usize = 48;
 
-const COPIES: [u64; 2] = [0, REGISTRY_BYTES / 2];
+pub(super) const COPIES: [u64; 2] = [0, REGISTRY_BYTES / 2];
 const MAGIC: [u8; 8] = *b"vmNVRAM\0";
 const MAKING: [u8; 8] = *b"vmNVMAKE";
 const VERSION: u32 = 1;
@@ -152,7 +152,6 @@ impl Image {
             put(at + 8, &entry.bytes.to_le_bytes());
             put(at + 16, &entry.offset.to_le_bytes());
             put(at + 24, &entry.alignment.to_le_bytes());
-            put(at + 32, &entry.generation.to_le_bytes());
             put(
                 at + 40,
                 &[match entry.purpose {
@@ -231,7 +230,6 @@ impl Image {
                 bytes: long(entry, 8),
                 alignment: long(entry, 24),
                 offset: long(entry, 16),
-                generation: long(entry, 32),
             });
         }
         table.validate(device.map(|(_, span)| span)).map_err(Flaw::Bad)?;
@@ -249,7 +247,7 @@ pub(super) struct Registry {
 /// Whether formatting may write there: nothing but zeroes, or an interrupted formatting.
 pub(super) fn is_blank(store: &dyn Store, path: &Path) -> Result<bool> {
     let bytes = read(store, path, 0, REGISTRY_BYTES)?;
-    Ok(bytes.starts_with(&MAKING) || bytes.iter().all(|&b| b == 0))
+    Ok(bytes.starts_with(&MAKING) || is_zero(&bytes))
 }
 
 fn read(store: &dyn Store, path: &Path, offset: u64, len: u64) -> Result<Vec<u8>> {

@@ -54,6 +54,12 @@ fn check(len: u64, offset: u64, n: usize) -> io::Result<()> {
     }
 }
 
+/// Whether all bytes are zero.
+pub(crate) fn is_zero(bytes: &[u8]) -> bool {
+    const ZEROES: [u8; 4096] = [0; 4096];
+    bytes.chunks(ZEROES.len()).all(|part| *part == ZEROES[..part.len()])
+}
+
 /// A stretch of a file or device, reached by pread(2) and pwrite(2).
 #[derive(Debug)]
 pub(super) struct FileStore {

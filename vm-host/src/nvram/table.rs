@@ -82,7 +82,6 @@ pub(super) struct Entry {
     pub(super) alignment: u64,
     /// The first byte on the medium; 0 in a directory, where each region is a file.
     pub(super) offset: u64,
-    pub(super) generation: u64,
 }
 
 impl Entry {
@@ -225,16 +224,8 @@ impl Table {
             .next_id
             .checked_add(1)
             .ok_or_else(|| Error::invalid("the medium has used up its region numbers"))?;
-        let entry = Entry {
-            id,
-            owner: owner.to_owned(),
-            purpose,
-            phase: Phase::Making,
-            bytes,
-            alignment,
-            offset,
-            generation: 0,
-        };
+        let entry =
+            Entry { id, owner: owner.to_owned(), purpose, phase: Phase::Making, bytes, alignment, offset };
         self.entries.push(entry.clone());
         Ok(entry)
     }
@@ -307,22 +298,6 @@ impl Table {
     /// The region's bytes are gone.
     pub(super) fn dropped(&mut self, id: RegionId) {
         self.entries.retain(|entry| entry.id != id);
-    }
-
-    /// Sets a region's generation, which never decreases.
-    pub(super) fn stamp(&mut self, id: RegionId, generation: u64) -> Result<()> {
-        let entry = self.get_mut(id)?;
-        if entry.phase != Phase::Ready {
-            return Err(Error::NotFound { what: id.to_string() });
-        }
-        if generation < entry.generation {
-            return Err(Error::invalid(format!(
-                "{id} has generation {}, it cannot go back to {generation}",
-                entry.generation
-            )));
-        }
-        entry.generation = generation;
-        Ok(())
     }
 
     /// What contradicts itself, for a table that came from a medium: the checksum has vouched for its bytes, this

@@ -64,17 +64,14 @@ fn open(sim: &Sim, kind: Kind) -> Result<Regions> {
 enum Step {
     Allocate(&'static str, Purpose, u64),
     Free(&'static str, Purpose),
-    Stamp(&'static str, Purpose, u64),
 }
 
 const SCRIPT: &[Step] = &[
     Step::Allocate("a", Purpose::Memory, 2),
     Step::Allocate("a", Purpose::State, 1),
-    Step::Stamp("a", Purpose::Memory, 5),
     Step::Allocate("b", Purpose::Memory, 3),
     Step::Free("a", Purpose::Memory),
     Step::Allocate("c", Purpose::Memory, 2),
-    Step::Stamp("c", Purpose::Memory, 1),
     Step::Free("a", Purpose::State),
     Step::Free("b", Purpose::Memory),
     Step::Allocate("b", Purpose::Memory, 4),
@@ -98,7 +95,6 @@ fn run(regions: &Regions, step: Step) -> Result<()> {
             Ok(())
         }
         Step::Free(owner, purpose) => regions.free(find(owner, purpose)),
-        Step::Stamp(owner, purpose, generation) => regions.stamp(find(owner, purpose), generation),
     }
 }
 
@@ -276,7 +272,7 @@ fn interrupted_formatting_can_be_started_again() {
 fn in_use() -> (Image, Vec<Entry>) {
     let sim = formatted(Kind::Device);
     let regions = open(&sim, Kind::Device).unwrap();
-    for &step in &SCRIPT[..4] {
+    for &step in &SCRIPT[..3] {
         run(&regions, step).unwrap();
     }
     (sim.seen(), regions.ready())
@@ -402,13 +398,12 @@ fn after_a_failed_write_nothing_more_is_changed() {
     run(&regions, SCRIPT[0]).unwrap();
     sim.cut_after(2);
     let id = regions.ready()[0].id;
-    assert!(matches!(regions.stamp(id, 9), Err(Error::Io { .. })));
+    assert!(matches!(regions.free(id), Err(Error::Io { .. })));
     sim.restart();
     let seen = sim.seen();
-    assert!(matches!(regions.stamp(id, 10), Err(Error::Io { .. })));
     assert!(matches!(regions.free(id), Err(Error::Io { .. })));
     assert_eq!(sim.seen(), seen);
-    assert_eq!(regions.get(id).unwrap().generation, 0);
+    assert_eq!(regions.get(id).unwrap().phase, Phase::Ready);
 }
 
 fn saved(generation: u64, payload: &[u8]) -> SavedState {

@@ -45,8 +45,14 @@ pub(super) fn set(socket: &Path, limit: Duration) -> Result<(), ClockError> {
     let until = Instant::now() + limit;
     // QEMU serves one connection at a time.
     let stream = connect_within(socket, limit).map_err(channel("connect to"))?;
+    // Another than that of a daemon before this one.
+    tell(stream, limit, until, nanos())
+}
+
+/// `id` is what the agent has to answer to.
+pub(super) fn tell(stream: UnixStream, limit: Duration, until: Instant, id: i64) -> Result<(), ClockError> {
     let mut agent = Agent { stream, received: Vec::new(), limit, until };
-    agent.sync()?;
+    agent.sync(id)?;
     agent.call("guest-set-time", &json!({ "time": nanos() }))
 }
 
@@ -71,15 +77,15 @@ struct Agent {
 
 impl Agent {
     /// From here on, answers are to what this connection asks.
-    fn sync(&mut self) -> Result<(), ClockError> {
+    fn sync(&mut self, id: i64) -> Result<(), ClockError> {
         const SYNC: &str = "guest-sync-delimited";
-        // Another than that of a daemon before this one.
-        let id = nanos();
         self.send(SYNC, &[DELIMITER], &json!({ "id": id }))?;
         loop {
             self.skip_past(SYNC, DELIMITER)?;
             let line = self.line(SYNC)?;
-            if serde_json::from_slice::<Value>(&line).is_ok_and(|answer| answer["return"] == id) {
+            // An answer to others may have come to its end without its line: another delimiter has begun anew.
+            let line = line.rsplit(|&byte| byte == DELIMITER).next().unwrap_or(&line);
+            if serde_json::from_slice::<Value>(line).is_ok_and(|answer| answer["return"] == id) {
                 return Ok(());
             }
         }
@@ -218,6 +224,16 @@ mod tests {
         assert_eq!(told["execute"], "guest-set-time");
         let time = told["arguments"]["time"].as_i64().unwrap();
         assert!(before <= time && time <= nanos());
+    }
+
+    #[test]
+    fn an_answer_that_was_broken_off_hides_none() {
+        let (dir, served) = serve(|command, arguments| match command {
+            "guest-sync-delimited" => [b"\xff{\"retu".as_slice(), &synced(arguments)].concat(),
+            _ => b"{\"return\": {}}\n".to_vec(),
+        });
+        set(&dir.path().join("agent"), LIMIT).unwrap();
+        assert_eq!(served.join().unwrap().len(), 2);
     }
 
     #[test]

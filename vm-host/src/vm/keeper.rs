@@ -26,6 +26,7 @@ use tracing::{error, info, warn};
 use vssd_protocol::control::ErrorCode;
 
 use super::console::Console;
+use super::log::Log;
 use super::save::{Found, Kept};
 use super::status::{Status, VmState, Work};
 use super::{Answer, Letter, Order, Shared, VmNews, clock, swap};
@@ -33,7 +34,7 @@ use crate::definition::Definition;
 use crate::fault::Fault;
 use crate::nvram::{Nvram, SavedState};
 use crate::record::{Incarnation, Life, Record, Wanted};
-use crate::vmm::{self, Begin, Launch, Machine, Memory, Places, RunState, Vmm, VmmError};
+use crate::vmm::{self, Begin, Launch, Machine, Memory, Places, RunState, Vmm, VmmError, process};
 
 /// How often those who watch long work see it.
 const SHOWN_EVERY: Duration = Duration::from_millis(100);
@@ -42,6 +43,9 @@ const AGENT_LIMIT: Duration = Duration::from_secs(30);
 
 /// Those with a guest.
 const MAY_BE_SAVED: [VmState; 3] = [VmState::Running, VmState::Paused, VmState::Saved];
+
+/// A machine that was killed.
+const END: Duration = Duration::from_secs(10);
 
 const OFF: &str = "the guest turned itself off";
 const FOUND_STOPPED: &str = "the daemon had ended while it was being saved";
@@ -57,6 +61,7 @@ pub(super) struct Keeper {
     places: Places,
     machine: Option<Box<dyn Machine>>,
     console: Option<Console>,
+    log: Option<Log>,
     kept: Option<Kept>,
     status: Arc<Mutex<Status>>,
 }
@@ -64,7 +69,7 @@ pub(super) struct Keeper {
 impl Keeper {
     pub(super) fn new(record: Record, shared: Arc<Shared>, status: Arc<Mutex<Status>>) -> Self {
         let places = shared.places(&record.definition.name);
-        Self { shared, record, places, machine: None, console: None, kept: None, status }
+        Self { shared, record, places, machine: None, console: None, log: None, kept: None, status }
     }
 
     /// Until it is told to leave, or the VM is no more.
@@ -108,6 +113,9 @@ impl Keeper {
         if let Some(machine) = &self.machine {
             fds.push(PollFd::from_borrowed_fd(machine.control(), PollFlags::IN));
             fds.push(PollFd::from_borrowed_fd(machine.process().ended(), PollFlags::IN));
+        }
+        if let Some(log) = &self.log {
+            fds.push(PollFd::from_borrowed_fd(log.changed(), PollFlags::IN));
         }
         if let Some(console) = &self.console {
             fds.push(PollFd::from_borrowed_fd(console.fd(), PollFlags::IN));
@@ -342,7 +350,7 @@ impl Keeper {
             None => None,
         };
         if self.machine.is_some() {
-            self.open_console();
+            self.open_logs();
         }
         match self.machine.as_deref_mut().map(Machine::run_state).transpose()? {
             Some(RunState::Running) => {
@@ -459,6 +467,7 @@ impl Keeper {
             ],
         )?;
         self.end_machine();
+        self.end_noted()?;
         self.vmm().end_orphan(&self.places)?;
         let life = self.record.life.clone();
         self.settle(Life::Stopped, Wanted::Stopped)?;
@@ -515,7 +524,7 @@ impl Keeper {
             .map_err(|error| Fault::new(ErrorCode::Internal, format!("no random numbers: {error}")))?;
         self.settle(Life::Live { incarnation, launch, process }, Wanted::Running)?;
         if self.console.is_none() {
-            self.open_console();
+            self.open_logs();
         }
         let machine = self.machine.as_deref_mut().ok_or_else(|| gone(&name))?;
         if let Err(error) = machine.resume() {
@@ -535,8 +544,12 @@ impl Keeper {
         Ok(())
     }
 
-    /// Writes down what the guest says. A log that cannot be written is no reason to harm it.
-    fn open_console(&mut self) {
+    /// Writes down what the guest says, and sees that its hypervisor does not say too much. A log that cannot be written is no reason to harm it.
+    fn open_logs(&mut self) {
+        match Log::open(&self.places.log) {
+            Ok(log) => self.log = Some(log),
+            Err(error) => warn!(vm = self.name(), %error, "cannot keep the log of a hypervisor short"),
+        }
         let log = self.shared.console_log(self.name());
         match Console::open(&self.places.console, &log) {
             Ok(console) => self.console = Some(console),
@@ -579,11 +592,30 @@ impl Keeper {
         }
         // Its last words.
         self.listen_to_guest();
-        self.console = None;
+        (self.console, self.log) = (None, None);
+    }
+
+    /// Ends the machine that the record names, whether it answers or not.
+    fn end_noted(&self) -> Done {
+        let Life::Live { process: Some(id), .. } = &self.record.life else { return Ok(()) };
+        match process::end(id, END) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Fault::new(ErrorCode::TimedOut, format!("process {} does not end", id.pid))
+                .hint("it was killed, and waits in the kernel for a disk or for memory")),
+            Err(error) => {
+                Err(Fault::new(ErrorCode::Internal, format!("cannot end process {}: {error}", id.pid)))
+            }
+        }
     }
 
     fn look_at_machine(&mut self) {
         self.listen_to_guest();
+        if let Some(log) = &self.log
+            && let Err(error) = log.bound()
+        {
+            warn!(vm = self.name(), %error, "cannot keep the log of a hypervisor short");
+            self.log = None;
+        }
         let Some(machine) = &mut self.machine else { return };
         let ended = machine.process().has_ended();
         let heard = machine.news();
@@ -770,13 +802,8 @@ impl Keeper {
 
     /// The medium that its definition names.
     fn medium(&self) -> Result<Option<Arc<Nvram>>, Fault> {
-        let definition = &self.record.definition;
-        let Some(name) = &definition.nvram else { return Ok(None) };
-        match self.shared.media.get(name) {
-            Some(nvram) => Ok(Some(Arc::clone(nvram))),
-            None => Err(Fault::new(ErrorCode::NotFound, format!("there is no NV-RAM {name:?}, which {} names", definition.name))
-                .hint("`vm-host nvram list` shows those that there are; the daemon's log says why one could not be opened")),
-        }
+        let Some(name) = &self.record.definition.nvram else { return Ok(None) };
+        Ok(Some(Arc::clone(self.shared.medium(name)?)))
     }
 
     /// Shows how far long work has come, and breaks it off when the power fails.

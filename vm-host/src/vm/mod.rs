@@ -15,12 +15,14 @@
 
 mod clock;
 mod console;
+#[doc(hidden)]
+pub mod fuzzing;
 mod keeper;
+mod log;
 mod save;
 mod status;
 mod swap;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -36,17 +38,25 @@ use vssd_protocol::control::ErrorCode;
 
 use crate::definition::Definition;
 use crate::fault::Fault;
-use crate::nvram::Nvram;
+use crate::nvram::{MediumConfig, Nvram};
 use crate::record::{Record, Records};
 use crate::vmm::{News, Places};
 use keeper::Keeper;
 pub use status::{LastSave, Status, VmState, Work};
 
+/// A medium that the configuration names.
+#[derive(Debug)]
+pub struct Medium {
+    pub config: MediumConfig,
+    /// Open, or why it is not.
+    pub nvram: Result<Arc<Nvram>, Fault>,
+}
+
 /// What all VMs of a host use.
 #[derive(Debug)]
 pub struct Shared {
     pub records: Records,
-    pub media: BTreeMap<String, Arc<Nvram>>,
+    pub media: Vec<Medium>,
     /// Sockets and logs, a folder for each VM.
     pub runtime_dir: PathBuf,
     pub log_dir: PathBuf,
@@ -60,6 +70,15 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// The medium of this name, if it is open.
+    pub fn medium(&self, name: &str) -> Result<&Arc<Nvram>, Fault> {
+        let Some(medium) = self.media.iter().find(|medium| medium.config.name == name) else {
+            return Err(Fault::new(ErrorCode::NotFound, format!("there is no NV-RAM {name:?}"))
+                .hint("`vm-host nvram list` shows those that there are"));
+        };
+        medium.nvram.as_ref().map_err(Clone::clone)
+    }
+
     /// Why a guest does not begin to run now.
     fn may_run(&self, name: &str) -> Result<(), Fault> {
         if !self.held_back.load(Ordering::SeqCst) {

@@ -42,12 +42,12 @@ pub(super) enum Found {
 
 /// What a state was saved from; it fits nothing else.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Origin {
-    name: String,
-    machine: String,
-    version: String,
-    memory_bytes: u64,
-    memory_region: RegionId,
+pub(super) struct Origin {
+    pub(super) name: String,
+    pub(super) machine: String,
+    pub(super) version: String,
+    pub(super) memory_bytes: u64,
+    pub(super) memory_region: RegionId,
 }
 
 impl Kept {
@@ -175,28 +175,7 @@ impl Kept {
         launch: &Launch,
         owner: &str,
     ) -> Result<Found, Fault> {
-        let saved = match self.slot.read()? {
-            SlotContent::Empty => return Ok(Found::Nothing("nothing was saved".to_owned())),
-            SlotContent::Torn { why } => {
-                return Ok(Found::Nothing(format!("the save did not come to its end: {why}")));
-            }
-            SlotContent::NewerVersion { found, known } => {
-                let message = format!("the state of {owner} has version {found}, this program knows {known}");
-                let fault = Fault::new(ErrorCode::State, message)
-                    .hint("use the program that saved it, or a later one; nothing was changed");
-                return Ok(Found::Unusable(fault));
-            }
-            SlotContent::Saved(saved) => saved,
-        };
-        if saved.header.incarnation != incarnation.0 {
-            return Ok(Found::Nothing("the last saved state is of an earlier run and was used".to_owned()));
-        }
-        let expected = self.origin(launch, owner);
-        let found: Option<Origin> = serde_json::from_slice(&saved.header.metadata).ok();
-        if found.as_ref() == Some(&expected) {
-            return Ok(Found::State(Box::new(saved)));
-        }
-        Ok(Found::Unusable(misfit(found.as_ref(), &expected)))
+        Ok(judge(self.slot.read()?, incarnation, &self.origin(launch, owner)))
     }
 
     fn origin(&self, launch: &Launch, owner: &str) -> Origin {
@@ -208,6 +187,32 @@ impl Kept {
             memory_region: self.memory.id,
         }
     }
+}
+
+/// What a slot's content is worth to a guest.
+pub(super) fn judge(content: SlotContent, incarnation: Incarnation, expected: &Origin) -> Found {
+    let saved = match content {
+        SlotContent::Empty => return Found::Nothing("nothing was saved".to_owned()),
+        SlotContent::Torn { why } => {
+            return Found::Nothing(format!("the save did not come to its end: {why}"));
+        }
+        SlotContent::NewerVersion { found, known } => {
+            let owner = &expected.name;
+            let message = format!("the state of {owner} has version {found}, this program knows {known}");
+            let fault = Fault::new(ErrorCode::State, message)
+                .hint("use the program that saved it, or a later one; nothing was changed");
+            return Found::Unusable(fault);
+        }
+        SlotContent::Saved(saved) => saved,
+    };
+    if saved.header.incarnation != incarnation.0 {
+        return Found::Nothing("the last saved state is of an earlier run and was used".to_owned());
+    }
+    let found: Option<Origin> = serde_json::from_slice(&saved.header.metadata).ok();
+    if found.as_ref() == Some(expected) {
+        return Found::State(Box::new(saved));
+    }
+    Found::Unusable(misfit(found.as_ref(), expected))
 }
 
 fn encode(origin: &Origin) -> Result<Vec<u8>, Fault> {

@@ -3,7 +3,7 @@
 //! A saved VM in a file on secondary storage: its memory without what is zero, and its state.
 //!
 //! ```text
-//! head, 128 bytes │ metadata │ state │ (place u64, CRC-64 u64, 1 MiB of memory) …
+//! head, 128 bytes │ metadata │ state │ (place u64, CRC-64 of place and memory u64, 1 MiB of memory) …
 //! ```
 //!
 //! Little-endian. The head:
@@ -29,18 +29,19 @@ use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use crc_fast::{CrcAlgorithm, Digest, checksum};
+use crc_fast::{CrcAlgorithm, Digest};
 use memmap2::{Mmap, MmapMut, MmapOptions};
 use vssd_protocol::control::ErrorCode;
 
 use crate::fault::Fault;
-use crate::nvram::{MAX_METADATA, Region, SavedHeader, SavedState};
+use crate::nvram::{MAX_METADATA, Region, SavedHeader, SavedState, is_zero};
 use crate::record::Incarnation;
 
 const MAGIC: [u8; 8] = *b"vmSWAP\0\0";
 const VERSION: u32 = 1;
 const HEAD: usize = 128;
-const PIECE: usize = 1 << 20;
+/// Small for a fuzzer, whose memory would take longer to check than all else.
+pub(super) const PIECE: usize = if cfg!(fuzzing) { 4096 } else { 1 << 20 };
 /// Before a piece.
 const LABEL: usize = 16;
 const EXTENSION: &str = "vmswap";
@@ -71,27 +72,36 @@ fn write_file(
     path: &Path,
     memory: &Region,
     saved: &SavedState,
-    mut progress: impl FnMut(u64, u64) -> io::Result<()>,
+    progress: impl FnMut(u64, u64) -> io::Result<()>,
 ) -> io::Result<()> {
     let mapping = map(memory)?;
     let mut out = BufWriter::with_capacity(PIECE + LABEL, File::create(path)?);
+    write_image(&mut out, &mapping, saved, progress)?;
+    out.into_inner()?.sync_all()
+}
+
+pub(super) fn write_image(
+    out: &mut (impl Write + Seek),
+    memory: &[u8],
+    saved: &SavedState,
+    mut progress: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let memory_bytes = memory.len() as u64;
     out.write_all(&[0; HEAD])?;
     out.write_all(&saved.header.metadata)?;
     out.write_all(&saved.payload)?;
     let mut pieces = 0;
-    for (at, piece) in (0u64..).zip(mapping.chunks(PIECE)) {
+    for (at, piece) in (0u64..).zip(memory.chunks(PIECE)) {
         if !is_zero(piece) {
             out.write_all(&at.to_le_bytes())?;
-            out.write_all(&checksum(ALGORITHM, piece).to_le_bytes())?;
+            out.write_all(&sum(at, piece).to_le_bytes())?;
             out.write_all(piece)?;
             pieces += 1;
         }
-        progress((at + 1) * PIECE as u64, memory.bytes)?;
+        progress((at + 1) * PIECE as u64, memory_bytes)?;
     }
-    let mut file = out.into_inner()?;
-    file.seek(SeekFrom::Start(0))?;
-    file.write_all(&head(saved, memory.bytes, pieces))?;
-    file.sync_all()
+    out.seek(SeekFrom::Start(0))?;
+    out.write_all(&head(saved, memory_bytes, pieces))
 }
 
 /// Reads an image into a VM's memory, and gives the state that was saved with it.
@@ -116,11 +126,20 @@ pub(super) fn read(
 fn read_file(
     path: &Path,
     memory: &Region,
-    mut progress: impl FnMut(u64, u64) -> io::Result<()>,
+    progress: impl FnMut(u64, u64) -> io::Result<()>,
 ) -> io::Result<SavedState> {
     let file = File::open(path)?;
     let length = file.metadata()?.len();
-    let mut input = BufReader::with_capacity(PIECE, file);
+    read_image(&mut BufReader::with_capacity(PIECE, file), length, &mut map_mut(memory)?, progress)
+}
+
+/// `length` is the input's: of what it says about its parts, no more is believed.
+pub(super) fn read_image(
+    input: &mut impl Read,
+    length: u64,
+    memory: &mut [u8],
+    mut progress: impl FnMut(u64, u64) -> io::Result<()>,
+) -> io::Result<SavedState> {
     let mut head = [0; HEAD];
     input.read_exact(&mut head)?;
     if !head.starts_with(&MAGIC) {
@@ -137,8 +156,8 @@ fn read_file(
     if metadata_bytes > MAX_METADATA as u64 || state_bytes > length {
         return Err(invalid("its head makes no sense"));
     }
-    let metadata = take(&mut input, metadata_bytes)?;
-    let payload = take(&mut input, state_bytes)?;
+    let metadata = take(input, metadata_bytes)?;
+    let payload = take(input, state_bytes)?;
     let saved = SavedState {
         header: SavedHeader {
             incarnation: field(&head, 24),
@@ -151,33 +170,32 @@ fn read_file(
     if self::head(&saved, memory_bytes, pieces) != head {
         return Err(invalid("its head or state has changed since it was written"));
     }
-    if memory_bytes != memory.bytes {
+    if memory_bytes != memory.len() as u64 {
         return Err(invalid(&format!(
             "it holds {memory_bytes} bytes of memory, and the VM has {}",
-            memory.bytes
+            memory.len()
         )));
     }
-    let mut mapping = map_mut(memory)?;
     let mut next = 0;
     for _ in 0..pieces {
         let mut label = [0; LABEL];
         input.read_exact(&mut label)?;
-        let (at, sum) = (u64::from_le_bytes(field(&label, 0)), u64::from_le_bytes(field(&label, 8)));
+        let (at, written) = (u64::from_le_bytes(field(&label, 0)), u64::from_le_bytes(field(&label, 8)));
         let place = usize::try_from(at)
             .ok()
             .and_then(|at| at.checked_mul(PIECE))
-            .filter(|&place| at >= next && place < mapping.len());
+            .filter(|&place| at >= next && place < memory.len());
         let Some(place) = place else { return Err(invalid(&format!("a piece has the place {at}"))) };
-        let end = mapping.len().min(place + PIECE);
-        let piece = &mut mapping[place..end];
+        let end = memory.len().min(place + PIECE);
+        let piece = &mut memory[place..end];
         input.read_exact(piece)?;
-        if checksum(ALGORITHM, piece) != sum {
+        if sum(at, piece) != written {
             return Err(invalid(&format!(
                 "its memory from byte {place} on has changed since it was written"
             )));
         }
         next = at + 1;
-        progress(end as u64, memory.bytes)?;
+        progress(end as u64, memory_bytes)?;
     }
     if input.read(&mut [0])? != 0 {
         return Err(invalid("it goes on after its end"));
@@ -226,6 +244,14 @@ fn head(saved: &SavedState, memory_bytes: u64, pieces: u64) -> [u8; HEAD] {
     head
 }
 
+/// Of a piece. Its place counts, or it could come to lie elsewhere.
+fn sum(at: u64, piece: &[u8]) -> u64 {
+    let mut digest = Digest::new(ALGORITHM);
+    digest.update(&at.to_le_bytes());
+    digest.update(piece);
+    digest.finalize()
+}
+
 fn field<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut field = [0; N];
     field.copy_from_slice(&bytes[at..at + N]);
@@ -239,11 +265,6 @@ fn take(input: &mut impl Read, bytes: u64) -> io::Result<Vec<u8>> {
     } else {
         Err(io::ErrorKind::UnexpectedEof.into())
     }
-}
-
-fn is_zero(piece: &[u8]) -> bool {
-    let (lines, rest) = piece.as_chunks::<64>();
-    lines.iter().all(|line| *line == [0; 64]) && rest.iter().all(|&byte| byte == 0)
 }
 
 fn map(memory: &Region) -> io::Result<Mmap> {
@@ -303,5 +324,50 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), image);
         let read = read(&path, Incarnation([7; 16]), &memory, |_, _| Ok(())).unwrap();
         assert_eq!((read.header, read.payload), (saved.header, saved.payload));
+    }
+
+    /// Three pieces, of which the second is zero and the third is short.
+    fn example() -> (SavedState, Vec<u8>, Vec<u8>) {
+        let header = SavedHeader {
+            incarnation: [3; 16],
+            generation: 4,
+            saved_at_unix_ms: 5,
+            metadata: b"{}".to_vec(),
+        };
+        let saved = SavedState { header, payload: b"registers".to_vec() };
+        let mut memory = vec![7; 2 * PIECE + 4096];
+        memory[PIECE..2 * PIECE].fill(0);
+        let mut out = io::Cursor::new(Vec::new());
+        write_image(&mut out, &memory, &saved, |_, _| Ok(())).unwrap();
+        (saved, memory, out.into_inner())
+    }
+
+    fn read_bytes(image: &[u8], memory: &mut [u8]) -> io::Result<SavedState> {
+        read_image(&mut &*image, image.len() as u64, memory, |_, _| Ok(()))
+    }
+
+    #[test]
+    fn image_is_read_as_it_was_written() {
+        let (saved, memory, image) = example();
+        assert!(image.len() < PIECE + 8192, "zeroes take no room");
+        let mut found = vec![0; memory.len()];
+        assert_eq!(read_bytes(&image, &mut found).unwrap(), saved);
+        assert!(found == memory);
+    }
+
+    #[test]
+    fn any_byte_that_has_changed_is_found() {
+        let (saved, memory, image) = example();
+        let state = HEAD + saved.header.metadata.len() + saved.payload.len();
+        let second = state + LABEL + PIECE;
+        let mut found = vec![0; memory.len()];
+        let all = (0..state + LABEL + 2).chain(second - 2..second + LABEL + 2).chain([image.len() - 1]);
+        for at in all {
+            let mut image = image.clone();
+            image[at] ^= 1;
+            assert!(read_bytes(&image, &mut found).is_err(), "byte {at}");
+        }
+        assert!(read_bytes(&image[..image.len() - 1], &mut found).is_err());
+        assert!(read_bytes(&[&image[..], b"x"].concat(), &mut found).is_err());
     }
 }

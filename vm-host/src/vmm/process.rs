@@ -97,6 +97,11 @@ impl Process {
     }
 }
 
+/// Kills the process that was noted, if it is still there. True once it is not.
+pub fn end(noted: &ProcessId, limit: Duration) -> io::Result<bool> {
+    Process::find(noted)?.map_or(Ok(true), |process| process.kill(limit))
+}
+
 /// The boot that this is.
 pub fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())

@@ -156,24 +156,24 @@ fn follow_words(reporter: &Reporter, mut file: File, low: Low) -> io::Result<()>
 
 /// What a piece of the stream said.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Heard {
+pub(super) struct Heard {
     /// The last word that was understood.
-    kind: Option<Kind>,
+    pub(super) kind: Option<Kind>,
     /// The last one that was not.
     garbage: Option<Vec<u8>>,
 }
 
 /// Finds words in a stream, however it is cut.
 #[derive(Debug, Default)]
-struct Words {
-    low: Low,
+pub(super) struct Words {
+    pub(super) low: Low,
     word: Vec<u8>,
     /// The word is too long to be one, so no more of it is kept.
     too_long: bool,
 }
 
 impl Words {
-    fn take(&mut self, bytes: &[u8]) -> Heard {
+    pub(super) fn take(&mut self, bytes: &[u8]) -> Heard {
         let mut heard = Heard::default();
         for &byte in bytes {
             if self.word.is_empty() && matches!(byte, b'0' | b'1') {

@@ -7,6 +7,8 @@
 //! [`Kind::Lost`] with the error in its health, and is tried again; only [`Stop`] ends it.
 
 pub mod edge;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod logind;
 pub mod nut;
 pub mod signal;

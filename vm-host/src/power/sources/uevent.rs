@@ -70,14 +70,14 @@ impl Uevents {
 
 /// What counts of a message.
 #[derive(Debug, PartialEq, Eq)]
-struct Message<'a> {
-    action: &'a [u8],
-    subsystem: &'a [u8],
+pub(super) struct Message<'a> {
+    pub(super) action: &'a [u8],
+    pub(super) subsystem: &'a [u8],
 }
 
 impl<'a> Message<'a> {
     /// `action@path`, then `KEY=value` strings, all of them ended by zero bytes. `None` where it is no message of the kernel.
-    fn parse(bytes: &'a [u8]) -> Option<Self> {
+    pub(super) fn parse(bytes: &'a [u8]) -> Option<Self> {
         let mut strings = bytes.split(|&byte| byte == 0);
         let header = strings.next()?;
         let (action, path) = header.split_at(header.iter().position(|&byte| byte == b'@')?);

@@ -253,7 +253,7 @@ impl Client<'_> {
 }
 
 /// What a status says; `None` where it says nothing about power.
-fn meaning(status: &str) -> Option<Kind> {
+pub(super) fn meaning(status: &str) -> Option<Kind> {
     let has = |token: &str| status.split_ascii_whitespace().any(|word| word == token);
     if has("FSD") {
         Some(Kind::ForcedShutdown)
@@ -268,14 +268,14 @@ fn meaning(status: &str) -> Option<Kind> {
 }
 
 /// Seconds, with or without a fraction, which does not matter here.
-fn milliseconds(runtime: &str) -> Option<u64> {
+pub(super) fn milliseconds(runtime: &str) -> Option<u64> {
     let seconds = runtime.trim().split('.').next()?;
     seconds.parse::<u64>().ok()?.checked_mul(1000)
 }
 
 /// The words of a line: separated by blanks, or in quotes, within which a backslash takes the next character as it is. `None`
 /// where a quote does not end.
-fn words(line: &str) -> Option<Vec<String>> {
+pub(super) fn words(line: &str) -> Option<Vec<String>> {
     let mut words = Vec::new();
     let mut characters = line.chars().peekable();
     loop {
@@ -300,7 +300,7 @@ fn words(line: &str) -> Option<Vec<String>> {
     }
 }
 
-fn quote(text: &str) -> String {
+pub(super) fn quote(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
