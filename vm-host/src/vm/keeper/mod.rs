@@ -11,6 +11,8 @@
 //!      └───── Discard ───── lost        broken ◄────────┘
 //! ```
 
+mod recovery;
+
 use std::fs;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -48,7 +50,6 @@ const MAY_BE_SAVED: [VmState; 3] = [VmState::Running, VmState::Paused, VmState::
 const END: Duration = Duration::from_secs(10);
 
 const OFF: &str = "the guest turned itself off";
-const FOUND_STOPPED: &str = "the daemon had ended while it was being saved";
 const HALTED: &str = "the guest has panicked, or a disk failed";
 
 type Done = Result<(), Fault>;
@@ -300,109 +301,6 @@ impl Keeper {
         }
         machine.load(&saved.payload)?;
         Ok(machine.version().to_owned())
-    }
-
-    /// What a start of the daemon finds.
-    fn recover(&mut self) -> Done {
-        self.require("recover", &[VmState::Stopped, VmState::SwappedOut, VmState::Broken])?;
-        if let Err(fault) = self.recover_life() {
-            self.enter_for(VmState::Broken, &fault.message, &fault);
-            return Err(fault);
-        }
-        // Paused for another reason than that the daemon has ended, it waits for whoever sees to that.
-        let goes_on = self.state() == VmState::Saved || self.status().why == FOUND_STOPPED;
-        if !goes_on || self.record.wanted != Wanted::Running {
-            return Ok(());
-        }
-        // Whether it goes on or not, it is found.
-        match self.resume() {
-            Err(fault) if fault.code == ErrorCode::Busy => Ok(()),
-            done => done,
-        }
-    }
-
-    fn recover_life(&mut self) -> Done {
-        let name = self.name().to_owned();
-        let image = match &self.record.life {
-            Life::SwappedOut { image, .. } => Some(image.as_path()),
-            Life::Stopped | Life::Live { .. } => None,
-        };
-        swap::clean(&self.shared.swap_dir, &name, image)?;
-        let medium = self.medium()?;
-        let (launch, process) = match self.record.life.clone() {
-            Life::Live { launch, process, .. } => (launch, process),
-            life => {
-                self.vmm().end_orphan(&self.places)?;
-                if let (Life::SwappedOut { .. }, Some(nvram)) = (&life, &medium) {
-                    // It was swapped out whole before this began to be freed, or swapped in only in part.
-                    Kept::free(nvram, &name)?;
-                }
-                let state = if life == Life::Stopped { VmState::Stopped } else { VmState::SwappedOut };
-                self.enter(state, "");
-                return Ok(());
-            }
-        };
-        if let Some(nvram) = &medium {
-            self.kept = Kept::find(nvram, &name)?;
-        }
-        self.machine = match process {
-            Some(process) => self.vmm().adopt(&process, &self.places)?,
-            None => None,
-        };
-        if self.machine.is_some() {
-            self.open_logs();
-        }
-        match self.machine.as_deref_mut().map(Machine::run_state).transpose()? {
-            Some(RunState::Running) => {
-                self.enter(VmState::Running, "it ran on while the daemon did not");
-                Ok(())
-            }
-            Some(RunState::Off) => self.put_away(OFF),
-            Some(RunState::Halted) => {
-                self.enter(VmState::Paused, HALTED);
-                Ok(())
-            }
-            Some(RunState::Stopped) if self.record.wanted == Wanted::Running => {
-                // The daemon ended in the middle of a save. Whether there is a state or not, the guest is whole.
-                self.enter(VmState::Paused, FOUND_STOPPED);
-                Ok(())
-            }
-            Some(RunState::Stopped) => self.recover_saved(&launch),
-            Some(RunState::AwaitsState) | None => {
-                self.end_machine();
-                self.vmm().end_orphan(&self.places)?;
-                self.recover_saved(&launch)
-            }
-        }
-    }
-
-    /// The guest does not run: is it saved?
-    fn recover_saved(&mut self, launch: &Launch) -> Done {
-        let name = self.name().to_owned();
-        let Some(incarnation) = self.record.life.incarnation() else { return Err(gone(&name)) };
-        let Some(kept) = &self.kept else {
-            self.lose(if self.record.definition.is_persistent() {
-                "its regions have gone"
-            } else {
-                "it is an ordinary VM"
-            });
-            return Ok(());
-        };
-        match kept.look(incarnation, launch, &name)? {
-            Found::State(_) => {
-                self.enter(VmState::Saved, "found saved");
-                Ok(())
-            }
-            Found::Nothing(_) if self.machine.is_some() => {
-                self.enter(VmState::Paused, "found stopped, and not saved");
-                Ok(())
-            }
-            Found::Nothing(why) => {
-                self.lose(&why);
-                Ok(())
-            }
-            Found::Unusable(fault) => Err(fault),
-        }
     }
 
     fn swap_out(&mut self) -> Done {
