@@ -21,6 +21,7 @@
 //! it was saved, a power cut leaves it lost and not resurrected from that save.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -572,6 +573,12 @@ fn a_machine_that_ends_by_itself_is_told_from_a_guest_that_does() -> Result<()> 
     host.start()?;
     host.ok(RESTORE)?;
     let pid = host.machines()?;
+    // A guest can make its hypervisor complain as often as it likes.
+    let log = host.live().join("log/a.log");
+    fs::File::options().append(true).open(&log)?.write_all(&vec![b'x'; 3 << 20])?;
+    Deadline::after(LIMIT)
+        .until("what the machine says to be bounded", || Ok(fs::metadata(&log)?.len() <= 1 << 20))?;
+    ensure!(fs::metadata(log.with_extension("log.old"))?.len() == 1 << 20);
     host.run("a", "(sleep 0.2; reboot -f) > /dev/null 2>&1 &")?;
     Deadline::after(LIMIT).until("the guest to restart", || {
         Ok(host.run("a", "test -e /tmp/data || echo new").is_ok_and(|said| said == "new"))

@@ -116,7 +116,7 @@ fn vssd_without_a_named_socket_is_looked_for_where_the_back_end_serves_it() {
 fn machine_that_does_not_answer_can_be_discarded() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(&dir);
-    let control = config.runtime_dir.join("vms/db/qmp.sock");
+    let control = config.runtime_dir.join("vms/db/control.sock");
     fs::create_dir_all(control.parent().unwrap()).unwrap();
     // As QEMU has it; but it never says anything.
     let socket = OwnedFd::from(UnixListener::bind(&control).unwrap());

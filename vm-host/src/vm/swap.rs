@@ -306,13 +306,8 @@ mod tests {
         let nvram = Nvram::create(&MediumConfig::new("nv", &nv)).unwrap();
         let memory = nvram.allocate("a", Purpose::Memory, 4 << 20, |_, _| Ok(())).unwrap();
         File::options().write(true).open(&memory.path).unwrap().write_all_at(b"data", 3 << 20).unwrap();
-        let header = SavedHeader {
-            incarnation: [7; 16],
-            generation: 1,
-            saved_at_unix_ms: 0,
-            metadata: b"origin".to_vec(),
-        };
-        let saved = SavedState { header, payload: b"state".to_vec() };
+        let (saved, ..) = example();
+        let run = Incarnation(saved.header.incarnation);
         let broken_off = |_, _| Err(io::ErrorKind::Interrupted.into());
 
         write(&images, "a", &memory, &saved, broken_off).unwrap_err();
@@ -320,9 +315,9 @@ mod tests {
 
         let path = write(&images, "a", &memory, &saved, |_, _| Ok(())).unwrap();
         let image = fs::read(&path).unwrap();
-        read(&path, Incarnation([7; 16]), &memory, broken_off).unwrap_err();
+        read(&path, run, &memory, broken_off).unwrap_err();
         assert_eq!(fs::read(&path).unwrap(), image);
-        let read = read(&path, Incarnation([7; 16]), &memory, |_, _| Ok(())).unwrap();
+        let read = read(&path, run, &memory, |_, _| Ok(())).unwrap();
         assert_eq!((read.header, read.payload), (saved.header, saved.payload));
     }
 
