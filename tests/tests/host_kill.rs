@@ -433,7 +433,7 @@ const fn image(name: &'static str, harm: fn(&VmHost) -> Result<()>) -> Damage {
     }
 }
 
-const DAMAGES: [Damage; 14] = [
+const DAMAGES: [Damage; 15] = [
     lost("a state's payload is flipped", |host| flip(&nv(host, "a.state.")?, (32 << 10) + 5000)),
     lost("a state's head is flipped", |host| flip(&nv(host, "a.state.")?, 30)),
     broken("a state is truncated", |host| cut(&nv(host, "a.state.")?), "E_MEDIA"),
@@ -451,6 +451,7 @@ const DAMAGES: [Damage; 14] = [
         "E_STATE",
     ),
     unreadable("a record of a later release", |host| edit(host, "/version", 2.into())),
+    unreadable("a digit of a record is another", flip_digit),
     unreadable("a record is cut", |host| cut(&record(host))),
     unreadable("a record is empty", |host| Ok(fs::write(record(host), "")?)),
     image("an image is flipped", |host| flip(&swapped(host), 20 << 20)),
@@ -489,10 +490,23 @@ fn cut(path: &Path) -> Result<()> {
     Ok(file.set_len(file.metadata()?.len() / 2)?)
 }
 
+/// As another program could have written it.
 fn edit(host: &VmHost, pointer: &str, to: serde_json::Value) -> Result<()> {
-    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(record(host))?)?;
+    let json: serde_json::Value = serde_json::from_slice(&fs::read(record(host))?)?;
+    let mut json = json["record"].clone();
     *json.pointer_mut(pointer).with_context(|| format!("the record has no {pointer}"))? = to;
-    Ok(fs::write(record(host), json.to_string())?)
+    let text = json.to_string();
+    let sum = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, text.as_bytes());
+    Ok(fs::write(record(host), format!("{{\"crc64\":\"{sum:016x}\",\"record\":{text}}}"))?)
+}
+
+/// A digit of the name of the guest's run.
+fn flip_digit(host: &VmHost) -> Result<()> {
+    let text = fs::read_to_string(record(host))?;
+    let name = "\"incarnation\": \"";
+    let at = text.find(name).context("it has none")? + name.len();
+    let digit = if text[at..].starts_with('0') { "1" } else { "0" };
+    Ok(fs::write(record(host), format!("{}{digit}{}", &text[..at], &text[at + 1..]))?)
 }
 
 fn suffer(host: &mut VmHost, damage: &Damage) -> Result<()> {

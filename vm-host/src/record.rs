@@ -2,6 +2,13 @@
 
 //! What is durable about each VM: a small JSON file, replaced as a whole.
 //!
+//! ```json
+//! { "crc64": "0123456789abcdef", "record": { "version": 1, … } }
+//! ```
+//!
+//! The checksum is the CRC-64/NVME of the record's text as it stands there: an incarnation in which one bit has flipped would make a good
+//! state a void one.
+//!
 //! The rule that keeps a saved state from being used twice, or with memory that has moved on:
 //!
 //! 1. A guest's run has a random name, its *incarnation*. It is made durable here before the guest's processors run.
@@ -19,9 +26,11 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
+use crc_fast::{CrcAlgorithm, checksum};
 use rand::TryRngCore;
 use rand::rngs::OsRng;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::definition::Definition;
 use crate::power::budget::Steps;
@@ -41,6 +50,8 @@ pub enum RecordError {
     Damaged { path: PathBuf, source: serde_json::Error },
     #[error("{} has version {found}, this program knows {VERSION}", path.display())]
     NewerVersion { path: PathBuf, found: u32 },
+    #[error("{} has changed since it was written", path.display())]
+    Changed { path: PathBuf },
     #[error("{} is about {found:?}", path.display())]
     Stranger { path: PathBuf, found: String },
 }
@@ -152,7 +163,7 @@ impl Record {
         Self { version: VERSION, definition, wanted: Wanted::Stopped, life: Life::Stopped, worst: None }
     }
 
-    /// What a file of that path holds.
+    /// What a record in a file of that path says.
     pub fn decode(bytes: &[u8], path: &Path) -> Result<Self, RecordError> {
         #[derive(Deserialize)]
         struct Head {
@@ -207,10 +218,9 @@ impl Records {
     pub fn write(&self, record: &Record) -> Result<(), RecordError> {
         let path = self.path(&record.definition.name);
         let new = path.with_extension("new");
-        let text = serde_json::to_vec_pretty(record)
-            .map_err(|source| RecordError::Damaged { path: path.clone(), source })?;
+        let text = seal(record).map_err(|source| RecordError::Damaged { path: path.clone(), source })?;
         File::create(&new)
-            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
+            .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
             .and_then(|()| fs::rename(&new, &path))
             .and_then(|()| self.sync())
             .map_err(|source| io_error("write", &path, source))
@@ -231,8 +241,32 @@ impl Records {
     }
 }
 
+/// The text of a file with a record.
+fn seal(record: &Record) -> serde_json::Result<String> {
+    let text = serde_json::to_string_pretty(record)?;
+    Ok(format!("{{\"crc64\": \"{}\", \"record\": {text}}}\n", sum(&text)))
+}
+
+fn sum(text: &str) -> String {
+    format!("{:016x}", checksum(CrcAlgorithm::Crc64Nvme, text.as_bytes()))
+}
+
 fn read(path: &Path) -> Result<Record, RecordError> {
-    Record::decode(&fs::read(path).map_err(|source| io_error("read", path, source))?, path)
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Sealed<'a> {
+        crc64: &'a str,
+        #[serde(borrow)]
+        record: &'a RawValue,
+    }
+    let bytes = fs::read(path).map_err(|source| io_error("read", path, source))?;
+    let sealed: Sealed<'_> = serde_json::from_slice(&bytes)
+        .map_err(|source| RecordError::Damaged { path: path.to_owned(), source })?;
+    let text = sealed.record.get();
+    if sealed.crc64 != sum(text) {
+        return Err(RecordError::Changed { path: path.to_owned() });
+    }
+    Record::decode(text.as_bytes(), path)
 }
 
 fn io_error(doing: &'static str, path: &Path, source: io::Error) -> RecordError {
@@ -287,12 +321,14 @@ mod tests {
         let records = Records::open(dir.path()).unwrap();
         records.write(&record("good")).unwrap();
         let text = fs::read_to_string(dir.path().join("good.json")).unwrap();
+        let sealed = |text: &str| format!("{{\"crc64\": \"{}\", \"record\": {text}}}", sum(text));
+        let typo = serde_json::to_string(&record("typo")).unwrap().replace("wanted", "wished");
         for (name, text) in [
             ("cut", &text[..text.len() / 2]),
             ("empty", ""),
-            ("newer", "{\"version\": 99, \"shape\": \"unknown\"}"),
+            ("newer", &sealed("{\"version\": 99, \"shape\": \"unknown\"}")),
             ("other", &text),
-            ("typo", &text.replace("wanted", "wished")),
+            ("typo", &sealed(&typo)),
         ] {
             fs::write(dir.path().join(format!("{name}.json")), text).unwrap();
         }
@@ -306,6 +342,24 @@ mod tests {
             all.iter().find(|one| one.0 == "newer").unwrap().1,
             Err(RecordError::NewerVersion { found: 99, .. })
         ));
+    }
+
+    #[test]
+    fn no_byte_changes_unseen() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let mut record = record("a");
+        record.life = live();
+        records.write(&record).unwrap();
+        let path = dir.path().join("a.json");
+        let text = fs::read(&path).unwrap();
+        for at in 0..text.len() {
+            let mut changed = text.clone();
+            changed[at] ^= 1;
+            fs::write(&path, changed).unwrap();
+            let read = records.all().unwrap().remove(0).1;
+            assert!(read.as_ref().map_or(true, |read| *read == record), "byte {at}: {read:?}");
+        }
     }
 
     #[test]

@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
+use vm_host::definition::Hypervisor;
+use vm_host::record::Records;
 
 use crate::program::{PATIENCE, StandIn, count, expect_counting, expect_still, wait_for};
 
@@ -309,11 +311,11 @@ fn power_that_goes_in_the_middle_of_things_leaves_a_guest_that_is_whole_or_none(
 fn guest_is_met_by_the_hypervisor_that_made_it() {
     let mut host = Host::with_guest();
     let pid = host.pid();
-    let path = host.path("state/vms/db.json");
-    let mut record: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     host.kill_daemon();
-    record["definition"]["hypervisor"] = "qemu".into();
-    fs::write(&path, record.to_string()).unwrap();
+    let records = Records::open(&host.path("state/vms")).unwrap();
+    let mut record = records.all().unwrap().remove(0).1.unwrap();
+    record.definition.hypervisor = Hypervisor::Qemu;
+    records.write(&record).unwrap();
     host.start_daemon();
     assert_eq!((host.state().as_str(), host.pid()), ("running", pid));
     host.ok(&["save", "db"]);
