@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR MIT
-//! The power fails again while the guests of the first failure are coming back.
+//! The power fails again while the guests of the first failure are coming back, and comes back while they are being saved.
 //!
 //! ```text
 //!   saved ── the daemon starts ── a delay ── power fails ─┬─ all is saved ─┬─ darkness     every guest goes on
@@ -105,6 +105,33 @@ fn power_fails_again_while_guests_come_back() -> Result<()> {
     );
     report.check("in some of them guests ran already", caught > 0, format!("{caught}"));
     report.check("and in some not all of them", spared > 0, format!("{spared}"));
+
+    // They run again, if they do, after 100 ms of good power.
+    host.put_back("failed")?;
+    host.start()?;
+    let mut saves = 0;
+    for trial in 0..TRIALS {
+        let before = host.whole_log().matches("why=\"saved\"").count();
+        host.power(false)?;
+        // A save of all takes about ten of these.
+        thread::sleep(Duration::from_millis(1) * trial);
+        host.power(true)?;
+        VMS.iter().try_for_each(|vm| host.wait_state(vm, "running"))?;
+        Deadline::after(LIMIT).until("the power to be online", || {
+            Ok(host.ok(&["power", "status"])?["power"]["state"] == "online" && all_are(&host, "running")?)
+        })?;
+        saves += host.whole_log().matches("why=\"saved\"").count() - before;
+        for (vm, mark) in VMS.iter().zip(&marks) {
+            mark.check(&host, vm)?;
+        }
+    }
+    report.pass(
+        "power that is back while they are being saved",
+        format!("{TRIALS} trials, every guest runs on"),
+    );
+    // Of words that come at once only the last counts.
+    let all = VMS.len() * TRIALS as usize;
+    report.check("and they had been saved", saves > all / 2, format!("{saves} times of {all}"));
 
     let (mut kept, mut lost) = (0, 0);
     for trial in 0..TRIALS {
