@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
@@ -96,7 +97,11 @@ fn run_and_kill(path: &Path, seed: u64, before: &Model, life: Duration) -> (Mode
     (done, after)
 }
 
+/// One medium at a time: a child that is about to be started has all that this process has open, the lock of the other medium, too.
+static ALONE: Mutex<()> = Mutex::new(());
+
 fn kill_again_and_again(path: &Path) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let config = MediumConfig::new("kill", path);
     drop(Nvram::create(&config).unwrap());
     let mut lot = StdRng::seed_from_u64(7);
