@@ -79,26 +79,6 @@ mkdir -p /nvram
 mount -t ext4 -o dax=always /dev/pmem0 /nvram
 "#;
 
-/// What a host's kernel says when QEMU's emulation of SVM has failed it: it stood still for two minutes, or faulted without end. Each
-/// was seen once in about ten runs, the one with one processor and the other with two.
-const EMULATOR_FAILED: [&str; 2] = ["Long readout interval", "stack guard page was hit"];
-/// How often a scenario is begun again for that.
-const ATTEMPTS: u32 = 3;
-
-/// Runs a scenario on an emulated host, and again from its beginning where the host's own kernel says that it was stopped or broken from
-/// below. Any other failure is the scenario's.
-pub fn emulated(scenario: impl Fn() -> Result<()>) -> Result<()> {
-    for attempt in 1..ATTEMPTS {
-        match scenario() {
-            Err(error) if EMULATOR_FAILED.iter().any(|said| format!("{error:#}").contains(said)) => {
-                println!("attempt {attempt} of {ATTEMPTS}: the emulator failed, once more\n{error:#}");
-            }
-            outcome => return outcome,
-        }
-    }
-    scenario()
-}
-
 /// A host as a machine under emulation, switched off at first.
 #[derive(Debug)]
 pub struct EmulatedHost {

@@ -116,7 +116,6 @@ fn power_fails_again_while_guests_come_back() -> Result<()> {
         // A save of all takes about ten of these.
         thread::sleep(Duration::from_millis(1) * trial);
         host.power(true)?;
-        VMS.iter().try_for_each(|vm| host.wait_state(vm, "running"))?;
         Deadline::after(LIMIT).until("the power to be online", || {
             Ok(host.ok(&["power", "status"])?["power"]["state"] == "online" && all_are(&host, "running")?)
         })?;

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use vssd_tests::emulated_host::{EmulatedHost, InnerGuest, NVRAM, emulated};
+use vssd_tests::emulated_host::{EmulatedHost, InnerGuest, NVRAM};
 use vssd_tests::report::Report;
 use vssd_tests::serial::guest_slot;
 
@@ -36,10 +36,6 @@ fn sum_from(host: &mut EmulatedHost, inner: &InnerGuest, piece: u64) -> Result<S
 #[test]
 fn power_cut_keeps_nvram_and_inner_kvm_works() -> Result<()> {
     let _slot = guest_slot()?;
-    emulated(power_cut_keeps_nvram_and_inner_kvm_works_once)
-}
-
-fn power_cut_keeps_nvram_and_inner_kvm_works_once() -> Result<()> {
     let mut report = Report::new("power cut of an emulated host");
     let image = EmulatedHost::image()?
         .artifact("vssd-backend", "vssd-backend")?
@@ -116,10 +112,6 @@ fn power_cut_keeps_nvram_and_inner_kvm_works_once() -> Result<()> {
 #[test]
 fn power_cut_keeps_what_was_synced_and_never_flushed() -> Result<()> {
     let _slot = guest_slot()?;
-    emulated(power_cut_keeps_what_was_synced_and_never_flushed_once)
-}
-
-fn power_cut_keeps_what_was_synced_and_never_flushed_once() -> Result<()> {
     let mut report = Report::new("power cut behind a sync of what no guest flushed");
     let image = EmulatedHost::image()?
         .artifact("vssd-backend", "vssd-backend")?

@@ -5,7 +5,6 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use vssd_tests::emulated_host::emulated;
 use vssd_tests::persistent::PersistentHost;
 use vssd_tests::report::Report;
 use vssd_tests::scenario::find;
@@ -14,10 +13,6 @@ use vssd_tests::serial::guest_slot;
 #[test]
 fn guests_run_on_after_a_power_cut() -> Result<()> {
     let _slot = guest_slot()?;
-    emulated(cut)
-}
-
-fn cut() -> Result<()> {
     let mut report = Report::new("power cut of a host with persistent guests");
     let mut host = PersistentHost::new(2)?;
     host.boot()?;
