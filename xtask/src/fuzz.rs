@@ -27,9 +27,8 @@ const COVERAGE: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-l
 const SANITIZER: &str = " -Zsanitizer=address";
 /// Lets a stable compiler take options that may change.
 const UNSTABLE_ENV: &str = "RUSTC_BOOTSTRAP";
-/// How long all targets run, each for its part: another target does not make the run longer.
-const ALL_S: usize = 80;
-const PART_S: usize = ALL_S / TARGETS.len();
+/// How long a target runs.
+const DEFAULT_S: u32 = 20;
 /// What a target may take of memory; that includes the sanitizer's shadow.
 const MEMORY_MIB: u32 = 1024;
 /// An input that takes longer hangs.
@@ -41,9 +40,9 @@ const MOST_KEPT: usize = 48;
 
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct Args {
-    /// How long each target runs; its part of 80 unless told.
+    /// How long each target runs; 20 unless told.
     #[arg(long)]
-    seconds: Option<usize>,
+    seconds: Option<u32>,
     /// Only this target.
     #[arg(long, value_name = "NAME")]
     target: Option<String>,
@@ -146,7 +145,7 @@ fn run_one(target: &str, folder: &Path, args: &Args) -> Result<String> {
         fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
     }
     let program = folder.join(target);
-    let seconds = args.seconds.unwrap_or(PART_S);
+    let seconds = args.seconds.unwrap_or(DEFAULT_S);
     let mut command = Command::new(&program);
     command.args(limits()).args([
         format!("-max_total_time={seconds}"),
