@@ -226,7 +226,7 @@ impl Host {
             })
             .filter(|(_, status)| wanted(status))
             .collect();
-        queue.sort_by_key(|(_, status)| (!has_guest(status), Reverse(status.priority), status.name.clone()));
+        queue.sort_by_key(|(_, status)| (!is_unsaved(status), Reverse(status.priority), status.name.clone()));
         let (sender, answers) = channel();
         let mut outcome = Outcome::default();
         let mut waiting = queue.iter();
@@ -283,9 +283,8 @@ impl Host {
 
     /// Whether the hypervisor can use memory as it lies on the medium. One that cannot be looked at is not judged.
     fn check_place(&self, definition: &Definition) -> Result<(), Fault> {
-        let named =
-            self.shared.media.iter().find(|medium| Some(&medium.config.name) == definition.nvram.as_ref());
-        let Some(Ok(nvram)) = named.map(|medium| &medium.nvram) else { return Ok(()) };
+        let medium = definition.nvram.as_deref().map(|name| self.shared.medium(name));
+        let Some(Ok(nvram)) = medium else { return Ok(()) };
         let whole = nvram.capabilities().kind == MediumKind::Directory;
         if whole || vmm::of(definition.hypervisor).can_use_part_of_file() {
             return Ok(());
@@ -324,7 +323,7 @@ impl Host {
     }
 
     fn running(&self) -> Vec<budget::Vm> {
-        let runs = |status: &&Status| status.nvram.is_some() && has_guest(status);
+        let runs = |status: &&Status| status.nvram.is_some() && is_unsaved(status);
         self.list().iter().filter(runs).map(on_budget).collect()
     }
 
@@ -348,7 +347,8 @@ fn keep(record: Record, shared: &Arc<Shared>) -> Result<Vm, Fault> {
         .map_err(|error| Fault::new(ErrorCode::Internal, format!("cannot take care of a VM: {error}")))
 }
 
-fn has_guest(status: &Status) -> bool {
+/// Whether a power cut would take its guest.
+fn is_unsaved(status: &Status) -> bool {
     matches!(status.state, VmState::Running | VmState::Paused)
 }
 

@@ -218,9 +218,10 @@ impl Records {
     pub fn write(&self, record: &Record) -> Result<(), RecordError> {
         let path = self.path(&record.definition.name);
         let new = path.with_extension("new");
-        let text = seal(record).map_err(|source| RecordError::Damaged { path: path.clone(), source })?;
+        let text = serde_json::to_string_pretty(record)
+            .map_err(|source| RecordError::Damaged { path: path.clone(), source })?;
         File::create(&new)
-            .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
+            .and_then(|mut file| file.write_all(seal(&text).as_bytes()).and_then(|()| file.sync_all()))
             .and_then(|()| fs::rename(&new, &path))
             .and_then(|()| self.sync())
             .map_err(|source| io_error("write", &path, source))
@@ -242,9 +243,8 @@ impl Records {
 }
 
 /// The text of a file with a record.
-fn seal(record: &Record) -> serde_json::Result<String> {
-    let text = serde_json::to_string_pretty(record)?;
-    Ok(format!("{{\"crc64\": \"{}\", \"record\": {text}}}\n", sum(&text)))
+fn seal(record: &str) -> String {
+    format!("{{\"crc64\": \"{}\", \"record\": {record}}}\n", sum(record))
 }
 
 fn sum(text: &str) -> String {
@@ -321,14 +321,13 @@ mod tests {
         let records = Records::open(dir.path()).unwrap();
         records.write(&record("good")).unwrap();
         let text = fs::read_to_string(dir.path().join("good.json")).unwrap();
-        let sealed = |text: &str| format!("{{\"crc64\": \"{}\", \"record\": {text}}}", sum(text));
         let typo = serde_json::to_string(&record("typo")).unwrap().replace("wanted", "wished");
         for (name, text) in [
             ("cut", &text[..text.len() / 2]),
             ("empty", ""),
-            ("newer", &sealed("{\"version\": 99, \"shape\": \"unknown\"}")),
+            ("newer", &seal("{\"version\": 99, \"shape\": \"unknown\"}")),
             ("other", &text),
-            ("typo", &sealed(&typo)),
+            ("typo", &seal(&typo)),
         ] {
             fs::write(dir.path().join(format!("{name}.json")), text).unwrap();
         }

@@ -43,8 +43,8 @@ const SHOWN_EVERY: Duration = Duration::from_millis(100);
 /// A guest's agent that does not answer must not keep a thread for ever; one whose guest was just restored, beside many others, is slow.
 const AGENT_LIMIT: Duration = Duration::from_secs(30);
 
-/// Those with a guest.
-const MAY_BE_SAVED: [VmState; 3] = [VmState::Running, VmState::Paused, VmState::Saved];
+/// States of a VM whose guest can be saved, or continued.
+const WITH_GUEST: [VmState; 3] = [VmState::Running, VmState::Paused, VmState::Saved];
 
 /// A machine that was killed.
 const END: Duration = Duration::from_secs(10);
@@ -131,7 +131,7 @@ impl Keeper {
             Order::Start => self.start(),
             Order::Stop { grace } => self.stop(grace),
             Order::Save => self.save(),
-            Order::Hold if !MAY_BE_SAVED.contains(&self.state()) => Ok(()),
+            Order::Hold if !WITH_GUEST.contains(&self.state()) => Ok(()),
             Order::Hold => self.hold(),
             Order::Resume => self.resume(),
             Order::Recover => self.recover(),
@@ -209,7 +209,7 @@ impl Keeper {
 
     /// Saves the guest and keeps its machine.
     fn hold(&mut self) -> Done {
-        self.require("save", &MAY_BE_SAVED)?;
+        self.require("save", &WITH_GUEST)?;
         if self.state() == VmState::Saved {
             return Ok(());
         }
@@ -240,7 +240,7 @@ impl Keeper {
 
     /// Continues the guest where it was.
     fn resume(&mut self) -> Done {
-        self.require("resume", &MAY_BE_SAVED)?;
+        self.require("resume", &WITH_GUEST)?;
         if self.state() == VmState::Running {
             return Ok(());
         }
